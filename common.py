@@ -1,0 +1,626 @@
+"""Plumbing of the numbered scripts: everything that has no equation and is the same in all of them.
+
+1  Command line    flags, their checks, and the options of a run
+2  Data            real MNIST, digits drawn from fonts, the text's eight Gaussians; batches
+3  Pictures        image grids, scatter plots, curves, the film of a training
+4  Pipeline        the text's image-generation pipeline (section 3.6) around one generator
+5  Run             the folder, the epoch line, the log and the checkpoint of one training
+
+A reader who follows the text can skip this file: no network, loss or training step is in it.
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import math
+import os
+import platform
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# 1  Command line
+# ---------------------------------------------------------------------------------------------
+
+DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs")
+SAMPLING = {"seed", "device", "generate", "interpolate", "explore", "label"}  # allowed beside --from
+
+
+def fail(message, code=2):
+    """Print one line on stderr and leave; exit code 2 means bad input."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: an int or a finite float within the given bounds."""
+    limits = {"of at least": at_least, "above": above, "below": below}
+    expected = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if at_least <= value and above < value < below:
+                return value
+        name = {int: "whole number", float: "number"}[kind]
+        raise argparse.ArgumentTypeError(f"expected a {name} {expected}, got {text!r}")
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of one numbered script.
+
+    `constants` is the script's table: a row of option values per variant. The option "variant" picks
+    the row (the first unless the script's flag says otherwise); a row called "points" serves 2-D data. Every flag that
+    is not given takes the value of that row, so the table is the only place of defaults.
+    """
+
+    def __init__(self, script, description, constants):
+        super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.constants = constants
+        count, rate = number(int, at_least=1), number(float, above=0)
+        self.option("--epochs", type=count, help="passes of N // batch generator steps")
+        self.option("--batch-size", type=number(int, at_least=2), help="samples per step, at least 2 (BatchNorm)")
+        self.option("--lr-g", type=rate, help="Adam's learning rate of the generator")
+        self.option("--lr-d", type=rate, help="Adam's learning rate of the discriminator or critic")
+        self.option("--beta1", type=number(float, at_least=0, below=1), help="Adam's first beta")
+        self.option("--latent-dim", type=count, help="numbers in one latent vector z")
+        self.option("--seed", type=number(int, at_least=0, below=2**63), help="seed of everything drawn at random")
+        self.option("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+        datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("points" in constants)
+        self.option("--dataset", choices=datasets,
+                    help="auto: MNIST if it is there or can be fetched, else digits drawn from fonts")
+        self.option("--data-dir", metavar="DIR", help="folder that holds, or receives, MNIST/raw")
+        self.option("--output-dir", metavar="DIR", help="folder that receives the run's own folder")
+        self.option("--sample-interval", type=count, help="epochs between sample pictures (a twentieth of the run)")
+        self.option("--checkpoint-interval", type=count, help="epochs between checkpoints (a twentieth of the run)")
+        self.option("--max-batches", type=count, help="at most this many generator steps per epoch, for a quick look")
+        self.option("--from", dest="run", metavar="RUN", help="load the generator of this run folder or checkpoint; train nothing")
+        self.option("--generate", type=count, metavar="N", help="with --from: a picture of N samples (default: 64)")
+        self.option("--interpolate", action="store_const", const=True, help="with --from: paths between latent vectors")
+        self.option("--explore", type=number(int, at_least=0), metavar="DIM", help="with --from: vary this latent dimension by +-3")
+
+    def option(self, flag, help, **settings):
+        """Add a flag; its help shows the default that each row of the table holds."""
+        name = flag.strip("-").replace("-", "_")
+        values = {row: table[name] for row, table in self.constants.items() if name in table}
+        if name in DEFAULTS:
+            help += f" (default: {DEFAULTS[name]})"
+        elif len(values) > 1:
+            help += f" (default: {', '.join(f'{row} {value}' for row, value in values.items())})"
+        elif values:
+            help += f" (default: {next(iter(values.values()))})"
+        self.add_argument(flag, help=help, **settings)
+
+    def error(self, message):
+        fail(message)
+
+    def options(self, argv=None):
+        """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
+        given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
+        if "run" in given:
+            return argparse.Namespace(**self._options_of_run(given))
+        for name in SAMPLING - {"seed", "device"}:
+            if name in given:
+                fail(f"{self._flag(name)} draws from a trained generator: name its run with --from RUN")
+        points = given.get("dataset") == "gaussians"
+        if points and "variant" in given:
+            fail(f"{self._flag('variant')} {given['variant']} is for images, --dataset gaussians has a network of its own; leave one out")
+        options = {"script": Path(self.prog).stem, **DEFAULTS, "max_batches": None, "run": None}
+        row = given.setdefault("variant", "points" if points else next(iter(self.constants)))
+        options.update(self.constants[row])
+        options.update(given)
+        for name in ("sample_interval", "checkpoint_interval"):
+            options.setdefault(name, max(1, options["epochs"] // 20))
+        return argparse.Namespace(**options)
+
+    def _options_of_run(self, given):
+        path = Path(given.pop("run"))
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        if not path.is_file():
+            fail(f"--from: {path} does not exist")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            options = dict(saved["options"])
+        except Exception as error:  # whatever a damaged or foreign file raises
+            fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
+        if options["script"] != Path(self.prog).stem:
+            fail(f"--from: {path} was trained by {options['script']}.py; give it to that script")
+        for name, value in given.items():
+            if name not in SAMPLING and options.get(name) != value:
+                fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; --from trains nothing")
+        if given.get("explore", 0) >= options["latent_dim"]:
+            fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {options['latent_dim'] - 1}")
+        if not {"generate", "interpolate", "explore"} & given.keys():
+            given["generate"] = 64
+        return {**options, "generate": None, "interpolate": None, "explore": None, "label": None,
+                "device": "auto", **given, "run": str(path)}
+
+    def _flag(self, name):
+        return next(action.option_strings[0] for action in self._actions if action.dest == name)
+
+
+def pick_device(wanted):
+    """The device that `wanted` (auto, cpu, cuda or mps) stands for on this machine."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, here in usable.items() if here)
+    if not usable[wanted]:
+        fail(f"--device {wanted}: this torch ({torch.__version__}) finds no such device here")
+    return wanted
+
+
+# ---------------------------------------------------------------------------------------------
+# 2  Data
+# ---------------------------------------------------------------------------------------------
+
+class Data(NamedTuple):
+    """Labelled samples on the training device.
+
+    samples: uint8 [N, 1, 28, 28] for images, float32 [N, 2] for points; labels: int64 [N].
+    """
+    name: str
+    samples: torch.Tensor
+    labels: torch.Tensor
+
+    def scaled(self, index):
+        """Samples at `index` as a network sees them: pixels in [-1, 1], points as they are."""
+        chosen = self.samples[index]
+        return chosen.float() / 127.5 - 1 if chosen.dtype == torch.uint8 else chosen
+
+    def batches(self, batch_size):
+        """Endless (samples, labels) batches; shuffled anew when fewer than a batch are left."""
+        while True:
+            order = torch.randperm(len(self.samples), device=self.samples.device)
+            for index in order[:len(order) // batch_size * batch_size].split(batch_size):
+                yield self.scaled(index), self.labels[index]
+
+
+def load_data(name, data_dir, split="train", device="cpu"):
+    """The data set `name` (see --dataset), its "train" or "test" split, as Data on `device`.
+
+    Leaves with exit code 2 when a data set named explicitly is neither there nor to be had, and
+    when a file of it is damaged. Only "auto" may end up with other data, and says so.
+    """
+    if name in ("auto", "mnist", "fashion-mnist"):
+        kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
+        folder = Path(data_dir, kind.__name__, "raw")
+        trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
+        if not trouble:
+            samples, labels = read_mnist(folder, {"train": "train", "test": "t10k"}[split])
+            name = "mnist" if name == "auto" else name
+        elif name == "auto":
+            print(f"No MNIST: {trouble}. Training on digits drawn from fonts; for MNIST, put its four files into {folder}.")
+            name = "digits"
+        else:
+            fail(f"--dataset {name}: {trouble}; put its four files (train-images-idx3-ubyte, ..., raw or .gz) into {folder}")
+    if name == "digits":
+        samples, labels = draw_digits(split)
+    if name == "gaussians":
+        samples, labels = draw_gaussians(split)
+    return Data(name, samples.to(device), labels.to(device))
+
+
+def download(kind, data_dir):
+    """Fetch a torchvision data set into `data_dir`, wholly or not at all; return what went wrong, or None."""
+    addresses = [mirror + kind.resources[0][0] for mirror in kind.mirrors]
+    answers = []
+
+    def probe():
+        for address in addresses:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3).close()
+                answers.append(address)
+
+    thread = threading.Thread(target=probe, daemon=True)  # a thread: looking up a name knows no time limit
+    thread.start()
+    thread.join(3)
+    if not answers:
+        return f"it is not in {data_dir / kind.__name__ / 'raw'} and no download server answered within 3 s"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as folder:
+            kind(folder, download=True)
+            os.replace(Path(folder, kind.__name__), data_dir / kind.__name__)
+    except (OSError, RuntimeError) as error:
+        return f"the download failed ({error})"
+
+
+def read_mnist(folder, prefix):
+    """Images uint8 [N, 1, 28, 28] and labels int64 [N] from the two IDX files of one split."""
+    images = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    if images.shape[1:] != (28, 28):
+        fail(f"{folder}/{prefix}-images-idx3-ubyte: images of {images.shape[1]}x{images.shape[2]} pixels, expected 28x28")
+    if len(images) != len(labels):
+        fail(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels; the files do not belong together")
+    if labels.max(initial=0) > 9:
+        fail(f"{folder}/{prefix}-labels-idx1-ubyte: label {labels.max()} found, expected 0 to 9; fetch the file again")
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
+
+
+def read_idx(folder, name, dimensions):
+    """One IDX file, raw or .gz, as a uint8 array; leaves with one line if it is damaged or another file."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    if path is None:
+        fail(f"{folder / name} is missing (raw or .gz), though other files of its data set are there")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+    except EOFError:
+        fail(f"{path} is truncated: the compressed data stops early; fetch it again")
+    except (OSError, zlib.error) as error:
+        fail(f"{path} cannot be read ({error}); fetch it again")
+    start = 4 + 4 * dimensions
+    if len(content) < start:
+        fail(f"{path} is truncated: {len(content)} bytes, its header alone has {start}; fetch it again")
+    magic, *shape = struct.unpack(f">{1 + dimensions}I", content[:start])
+    if magic != 0x800 + dimensions:  # 0x08: unsigned bytes
+        kinds = {0x801: "IDX labels", 0x803: "IDX images"}
+        fail(f"{path} holds {kinds.get(magic, 'no IDX data')}, expected {kinds[0x800 + dimensions]}; is it misnamed?")
+    expected, found = math.prod(shape), len(content) - start
+    if found != expected:
+        word = "truncated" if found < expected else "corrupt"
+        fail(f"{path} is {word}: {found} data bytes, its header announces {expected}; fetch it again")
+    return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)
+
+
+FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSerif DejaVuSerif-Bold
+    DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
+    cmr10 cmb10 cmss10 cmti10 cmtt10""".split()  # of those that matplotlib ships, the ones with usual digits
+
+
+def draw_glyphs():
+    """The ten digits in every font, centred and blurred, [10, fonts, 1, 64, 64] in [0, 1]."""
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    glyphs = np.zeros((10, len(FONTS), 64, 64), np.float32)
+    for column, font in enumerate(FONTS):
+        face = ImageFont.truetype(str(folder / f"{font}.ttf"), 58)
+        for digit in range(10):
+            left, top, right, bottom = face.getbbox(str(digit))
+            canvas = Image.new("L", (64, 64))
+            ImageDraw.Draw(canvas).text((32 - (left + right) / 2, 32 - (top + bottom) / 2), str(digit), fill=255, font=face)
+            glyphs[digit, column] = np.asarray(canvas)
+    blur = torchvision.transforms.functional.gaussian_blur
+    return blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
+
+
+def draw_digits(split, parts=2000):
+    """60,000 training or 10,000 test digits like MNIST's: uint8 [N, 1, 28, 28], labels [N]. Always the same.
+
+    Each is a glyph under a random affine map, cut at a random level: a low level makes a bold stroke.
+    """
+    count, seed = {"train": (60_000, 1), "test": (10_000, 2)}[split]
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return torch.rand(count, generator=rng) * (high - low) + low
+
+    labels = torch.randperm(count, generator=rng) % 10
+    font = torch.randint(len(FONTS), (count,), generator=rng)
+    angle, shear, width, height = uniform(-0.2, 0.2), uniform(-0.3, 0.3), uniform(0.8, 1.1), uniform(0.85, 1.1)
+    cos, sin = angle.cos(), angle.sin()
+    maps = torch.stack([cos / width, (sin + shear * cos) / width, uniform(-0.1, 0.1),
+                        -sin / height, (cos - shear * sin) / height, uniform(-0.1, 0.1)], 1).view(-1, 2, 3)
+    level = uniform(0.25, 0.6).view(-1, 1, 1, 1)
+    glyphs = draw_glyphs()
+    images = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
+    for part in torch.arange(count).split(parts):
+        grid = F.affine_grid(maps[part], (len(part), 1, 28, 28), align_corners=False)
+        drawn = F.grid_sample(glyphs[labels[part], font[part]], grid, align_corners=False)
+        images[part] = ((drawn - level[part]) * 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+    return images, labels
+
+
+def draw_gaussians(split):
+    """The text's eight Gaussians (example 3): points [N, 2] and the number of their centre [N].
+
+    Centres (+-1, +-1), (+-2, 0), (0, +-2), sigma 0.1, all halved: most coordinates lie in [-1, 1].
+    """
+    count, seed = {"train": (60_000, 1), "test": (10_000, 2)}[split]
+    rng = torch.Generator().manual_seed(seed)
+    centres = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float32)
+    labels = torch.randint(8, (count,), generator=rng)
+    return (centres[labels] + 0.1 * torch.randn(count, 2, generator=rng)) / 2, labels
+
+
+# ---------------------------------------------------------------------------------------------
+# 3  Pictures
+# ---------------------------------------------------------------------------------------------
+
+def save_picture(samples, columns, path, paths=False):
+    """Write a PNG: images [N, 1, H, W] in [-1, 1] as a grid, points [N, 2] as a scatter plot.
+
+    With `paths`, each `columns` successive points are one path through the plane.
+    """
+    if samples.dim() == 4:
+        return save_image(F.interpolate(samples, scale_factor=2), path, nrow=columns, padding=4,
+                          normalize=True, value_range=(-1, 1))
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.add_subplot(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    if paths:
+        for path_points in samples.split(columns):
+            axes.plot(*path_points.T.numpy(), ".-")
+    else:
+        axes.scatter(*samples.T.numpy(), s=3, alpha=0.5)
+    figure.savefig(path, dpi=100)
+
+
+def save_curves(history, plots, path):
+    """One panel per plot (title, quantities, {label: equilibrium value}) over the epochs of `history`."""
+    figure = Figure(figsize=(5 * len(plots), 3.6), layout="constrained")
+    for axes, (title, names, guides) in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots):
+        for name in names:
+            axes.plot([row["epoch"] for row in history], [row[name] for row in history], label=name,
+                      marker="." if len(history) == 1 else None)
+        for label, value in guides.items():
+            axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=f"equilibrium {label}")
+        axes.set(title=title, xlabel="epoch")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def save_film(pictures, path):
+    """A looping GIF of PNG files, the last one shown longer."""
+    frames = [Image.open(picture).convert("P") for picture in pictures]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[250] * (len(frames) - 1) + [2000])
+
+
+# ---------------------------------------------------------------------------------------------
+# 4  Pipeline
+# ---------------------------------------------------------------------------------------------
+
+class Pipeline:
+    """The text's image-generation pipeline (section 3.6): generate, interpolate, explore, save.
+
+    generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
+    draw_noise(count, args, device, generator): the script's latent distribution.
+    Latents come from a generator of their own: the same --seed gives the same picture, and the
+    random numbers of a training are left alone.
+    """
+
+    ROWS, STEPS = 8, 10  # rows of an interpolation or a walk, pictures in a row
+
+    def __init__(self, generator, draw_noise, args):
+        self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
+        self.rows = args.classes or self.ROWS
+        rng = torch.Generator().manual_seed(args.seed)
+        self.noise = lambda count: draw_noise(count, args, "cpu", rng)
+
+    def __call__(self, z, labels):
+        """Samples on the CPU, in eval mode, without gradients; the generator's mode is restored."""
+        inputs = (z, labels) if self.args.classes else (z,)
+        was_training = self.generator.training
+        self.generator.eval()
+        with torch.no_grad():
+            parts = [self.generator(*(part.to(self.device) for part in group)).cpu()
+                     for group in zip(*(full.split(1000) for full in inputs))]
+        self.generator.train(was_training)
+        return torch.cat(parts)
+
+    def latents(self, count, label=None):
+        """z and labels for `count` samples; a conditional generator gets each z under every class, or `label`."""
+        classes = self.args.classes
+        if classes and label is None:
+            index = torch.arange(count)
+            return self.noise(math.ceil(count / classes))[index // classes], index % classes
+        return self.noise(count), torch.full((count,), label or 0)
+
+    def generate(self, z, labels, path):
+        """A grid of samples; with several classes one row per class, one column per z."""
+        samples, columns = self(z, labels), math.ceil(math.sqrt(len(z)))
+        if self.args.classes and len(labels.unique()) > 1:
+            columns = math.ceil(len(z) / self.args.classes)
+            cells = samples.new_full((self.args.classes, columns, *samples.shape[1:]), -1)
+            cells[labels, torch.arange(len(z)) // self.args.classes] = samples
+            samples = cells.flatten(0, 1)
+        save_picture(samples, columns, path)
+
+    def interpolate(self, path, label=None):
+        """Each row goes from one latent vector to another in a straight line, (1 - t) z1 + t z2."""
+        z1, z2 = self.noise(self.rows)[:, None], self.noise(self.rows)[:, None]
+        self._rows(torch.lerp(z1, z2, torch.linspace(0, 1, self.STEPS)[None, :, None]), path, label)
+
+    def explore(self, dimensions, path, label=None, one_base=False):
+        """Row r moves dimension `dimensions[r]` of a latent vector by -3 to +3, the rest stands still."""
+        z = self.noise(1 if one_base else len(dimensions)).expand(len(dimensions), -1)
+        z = z[:, None].repeat(1, self.STEPS, 1)
+        for row, dimension in enumerate(dimensions):
+            z[row, :, dimension] += torch.linspace(-3, 3, self.STEPS)
+        self._rows(z, path, label)
+
+    def _rows(self, z, path, label):
+        labels = torch.arange(len(z)) if label is None else torch.full((len(z),), label)
+        samples = self(z.flatten(0, 1), labels.repeat_interleave(self.STEPS))
+        save_picture(samples, self.STEPS, path, paths=True)
+
+
+def sample_run(generator, draw_noise, args):
+    """--from: load the run's generator and write the pictures that were asked for into its samples/."""
+    checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
+    try:
+        generator.load_state_dict(checkpoint["generator"])
+    except (KeyError, RuntimeError):
+        fail(f"--from: the generator in {args.run} does not fit its own options; the file is damaged")
+    pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
+    folder = Path(args.run).parent / "samples"
+    folder.mkdir(exist_ok=True)
+    suffix = ("" if args.label is None else f"-class{args.label}") + f"-seed{args.seed}.png"
+    if args.generate:
+        pipeline.generate(*pipeline.latents(args.generate, args.label), folder / f"generated-{args.generate}{suffix}")
+        print(folder / f"generated-{args.generate}{suffix}")
+    if args.interpolate:
+        pipeline.interpolate(folder / f"interpolation{suffix}", args.label)
+        print(folder / f"interpolation{suffix}")
+    if args.explore is not None:
+        pipeline.explore([args.explore] * pipeline.rows, folder / f"latent_walk-dim{args.explore}{suffix}", args.label)
+        print(folder / f"latent_walk-dim{args.explore}{suffix}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 5  Run
+# ---------------------------------------------------------------------------------------------
+
+def prepare(args, classes=0):
+    """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be.
+
+    classes: how many a conditional generator knows, 0 for one that takes no labels.
+    """
+    torch.manual_seed(args.seed)
+    args.device = pick_device(args.device)
+    name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
+    print(f"{args.script}, {args.variant}, seed {args.seed}")
+    print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    data = load_data(args.dataset, args.data_dir, device=args.device)
+    args.dataset, args.classes = data.name, classes
+    if len(data.samples) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
+    print(f"data    {data.name}, {len(data.samples)} samples of {list(data.samples.shape[1:])}, batch {args.batch_size}")
+    return data
+
+
+class Run:
+    """One training: its folder, epoch lines, log, pictures and checkpoints.
+
+    plots: the panels of curves.png, as save_curves takes them.
+    state: every module and optimizer of the training by name, `generator` among them.
+
+        with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
+            for batches in run.epochs():        # an endless stream of real batches per epoch
+                for _ in run.steps():           # N // batch generator steps
+                    run.record(step(...))       # quantities to average over the epoch
+
+    Ctrl-C keeps a checkpoint (exit code 130); a quantity that is no longer finite ends the run (1).
+    """
+
+    def __init__(self, args, data, draw_noise, plots, **state):
+        self.args, self.data, self.plots, self.state = args, data, plots, state
+        self.epoch = self.step = 0
+        self.history = []
+        self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
+        self.folder = self._new_folder()
+        self.samples = self.folder / "samples"
+        self.samples.mkdir()
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, matplotlib)}
+        options = {**vars(args), "threads": torch.get_num_threads(),
+                   "versions": {"python": platform.python_version(), **versions}}
+        (self.folder / "options.json").write_text(json.dumps(options, indent=2) + "\n")
+        print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
+
+        self.pipeline = Pipeline(state["generator"], draw_noise, args)
+        points = data.samples.dim() == 2
+        self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
+        self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
+        self._save_real(len(self.latents[0]))
+
+    def _new_folder(self):
+        name = f"{self.args.script}-{self.args.dataset}-"
+        parent = Path(self.args.output_dir)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            number = 1 + max((int(p.name[len(name):]) for p in parent.glob(f"{name}*") if p.name[len(name):].isdigit()), default=0)
+            while True:
+                with contextlib.suppress(FileExistsError):  # another run took it in between
+                    folder = parent / f"{name}{number:04d}"
+                    folder.mkdir()
+                    return folder
+                number += 1
+        except OSError as error:
+            fail(f"--output-dir {parent}: {error.strerror}")
+
+    def _save_real(self, count):
+        index = torch.arange(count)
+        if self.args.classes:
+            index = torch.cat([(self.data.labels == label).nonzero()[:count // self.args.classes, 0].cpu()
+                               for label in range(self.args.classes)])
+        columns = count // self.args.classes if self.args.classes else math.ceil(math.sqrt(count))
+        save_picture(self.data.scaled(index.to(self.data.samples.device)).cpu(), columns, self.samples / "real.png")
+
+    def __enter__(self):
+        self._picture()
+        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step", disable=None, leave=False, dynamic_ncols=True)
+        return self
+
+    def epochs(self):
+        """One endless stream of (real, labels) batches per epoch; log, pictures and checkpoints in between."""
+        for self.epoch in range(1, self.args.epochs + 1):
+            self.sums, start = {}, time.perf_counter()
+            yield self.data.batches(self.args.batch_size)
+            row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
+            self._log(row, time.perf_counter() - start)
+            last = self.epoch == self.args.epochs
+            if last or self.epoch % self.args.sample_interval == 0:
+                self._picture()
+                save_curves(self.history, self.plots, self.folder / "curves.png")
+            if last or self.epoch % self.args.checkpoint_interval == 0:
+                self.save_checkpoint()
+
+    def steps(self):
+        """Counts the generator steps of one epoch."""
+        for _ in range(self.steps_per_epoch):
+            yield
+            self.step += 1
+            self.bar.update()
+
+    def record(self, quantities):
+        """Add 0-d tensors by name to this epoch's means; they stay on the device until the epoch ends."""
+        for name, value in quantities.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.detach(), count + 1
+
+    def _log(self, row, seconds):
+        width = len(str(self.args.epochs))
+        values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
+        tqdm.write(f"epoch {self.epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s")
+        sys.stdout.flush()
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d (output in {self.folder})", 1)
+        self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(self.history[-1]) + "\n")
+
+    def _picture(self):
+        self.pipeline.generate(*self.latents, self.samples / f"epoch_{self.epoch:04d}.png")
+
+    def save_checkpoint(self):
+        """Write checkpoint.pt whole or not at all: options, position and all states."""
+        content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
+                   **{name: part.state_dict() for name, part in self.state.items()}}
+        torch.save(content, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        if kind is KeyboardInterrupt:
+            self.save_checkpoint()
+            print(f"interrupted in epoch {self.epoch}; the checkpoint is in {self.folder}")
+            raise SystemExit(130)
+        if kind is None:
+            self.pipeline.generate(*self.final_latents, self.samples / "final.png")
+            self.pipeline.interpolate(self.samples / "interpolation.png")
+            dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
+            self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
+            save_film(sorted(self.samples.glob("epoch_*.png")), self.samples / "progress.gif")
+            print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}; "
+                  f"draw more with: python {self.args.script}.py --from {self.folder}")
