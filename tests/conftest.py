@@ -1,0 +1,53 @@
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+
+@functools.cache
+def load_script(name):
+    """The numbered script as a module; a name that starts with a digit cannot be imported by statement."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name, *arguments, **settings):
+    """The script as a user starts it; settings go to subprocess.run."""
+    settings = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, **settings}
+    return subprocess.run([sys.executable, f"{name}.py", *map(str, arguments)], **settings)
+
+
+def unchanged(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def snapshot(state):
+    return {name: value.clone() for name, value in state}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """No test leaves this machine: the download servers are a closed local port."""
+    for kind in (common.torchvision.datasets.MNIST, common.torchvision.datasets.FashionMNIST):
+        monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setitem(os.environ, "no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def cached_digits(monkeypatch):
+    monkeypatch.setattr(common, "draw_digits", _cached_digits)
+
+
+_cached_digits = functools.cache(common.draw_digits)

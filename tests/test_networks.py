@@ -1,0 +1,132 @@
+"""Every network of the four scripts: the parameter counts of the text (as corrected), shapes, ranges."""
+
+import pytest
+import torch
+from conftest import load_script, snapshot, unchanged
+from torch import nn
+
+IMAGE, POINT = (1, 28, 28), (2,)
+GENERATORS = [  # script, class, trainable parameters, shape of a sample
+    ("01_vanilla_gan", "Generator", 581_264, IMAGE),
+    ("01_vanilla_gan", "TwoLogitGenerator", 294_160, IMAGE),
+    ("01_vanilla_gan", "KerasGenerator", 1_489_936, IMAGE),
+    ("01_vanilla_gan", "PointsGenerator", 46_210, POINT),
+    ("02_dcgan", "Generator", 856_065, IMAGE),
+    ("03_wgan_gp", "Generator", 147_856, IMAGE),
+    ("03_wgan_gp", "ConvGenerator", 856_065, IMAGE),
+    ("03_wgan_gp", "PointsGenerator", 46_210, POINT),
+    ("04_cgan", "Generator", 156_688, IMAGE),
+]
+CRITICS = [  # script, class, trainable parameters, shape of a sample, outputs
+    ("01_vanilla_gan", "Discriminator", 533_505, IMAGE, 1),
+    ("01_vanilla_gan", "TwoLogitDiscriminator", 133_762, IMAGE, 2),
+    ("01_vanilla_gan", "PointsDiscriminator", 33_537, POINT, 1),
+    ("02_dcgan", "Discriminator", 98_113, IMAGE, 1),
+    ("03_wgan_gp", "Critic", 133_633, IMAGE, 1),
+    ("03_wgan_gp", "ConvCritic", 97_665, IMAGE, 1),
+    ("03_wgan_gp", "PointsCritic", 33_537, POINT, 1),
+    ("04_cgan", "Critic", 142_465, IMAGE, 1),
+]
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def labels(script, size):
+    return (torch.arange(size) % 10,) if script == "04_cgan" else ()
+
+
+@pytest.mark.parametrize("script, name, parameters, shape", GENERATORS)
+def test_generator(script, name, parameters, shape):
+    network = getattr(load_script(script), name)()
+    assert count(network) == parameters
+    samples = network(50 * torch.randn(7, 100), *labels(script, 7))
+    assert samples.shape == (7, *shape)
+    if shape == IMAGE:
+        assert samples.abs().max() <= 1
+    else:
+        assert samples.abs().max() > 1, "points beyond 1 must be reachable"
+
+
+@pytest.mark.parametrize("script, name, parameters, shape, outputs", CRITICS)
+def test_discriminator(script, name, parameters, shape, outputs):
+    network = getattr(load_script(script), name)()
+    assert count(network) == parameters
+    nn.init.constant_(list(network.modules())[-1].bias, 5.0)
+    scores = network(torch.randn(7, *shape), *labels(script, 7))
+    assert scores.shape == (7, outputs)
+    assert scores.max() > 2, "logits and scores are unbounded"
+
+
+@pytest.mark.parametrize("script, name, slope", [
+    ("01_vanilla_gan", "Generator", 0.2), ("01_vanilla_gan", "Discriminator", 0.2),
+    ("01_vanilla_gan", "TwoLogitGenerator", 0.3), ("01_vanilla_gan", "TwoLogitDiscriminator", 0.3),
+    ("01_vanilla_gan", "KerasGenerator", 0.2), ("02_dcgan", "Discriminator", 0.2),
+    ("03_wgan_gp", "Generator", 0.3), ("03_wgan_gp", "Critic", 0.3), ("03_wgan_gp", "ConvCritic", 0.2),
+    ("04_cgan", "Generator", 0.3), ("04_cgan", "Critic", 0.3)])
+def test_slope_of_the_text(script, name, slope):
+    layers = [layer for layer in getattr(load_script(script), name)().modules() if isinstance(layer, nn.LeakyReLU)]
+    assert layers and {layer.negative_slope for layer in layers} == {slope}
+
+
+@pytest.mark.parametrize("script, name, kind, rate, times", [
+    ("01_vanilla_gan", "TwoLogitDiscriminator", nn.Dropout, 0.5, 3), ("03_wgan_gp", "Critic", nn.Dropout, 0.5, 3),
+    ("04_cgan", "Critic", nn.Dropout, 0.5, 3), ("02_dcgan", "Discriminator", nn.Dropout2d, 0.25, 4),
+    ("03_wgan_gp", "ConvCritic", nn.Dropout2d, 0.25, 4)])
+def test_dropout_of_the_text(script, name, kind, rate, times):
+    layers = [layer.p for layer in getattr(load_script(script), name)().modules() if isinstance(layer, kind)]
+    assert layers == [rate] * times
+
+
+def test_keras_batch_norm_is_translated():
+    """Keras' momentum 0.8 keeps 0.8 of the old mean; torch's momentum is what the new one gets."""
+    network = load_script("01_vanilla_gan").KerasGenerator()
+    norms = [layer for layer in network if isinstance(layer, nn.BatchNorm1d)]
+    assert [(layer.momentum, layer.eps) for layer in norms] == [(0.2, 1e-3)] * 3
+
+
+@pytest.mark.parametrize("script, name, parameters, shape, outputs", CRITICS)
+def test_critics_judge_each_sample_alone(script, name, parameters, shape, outputs):
+    """d C(x_0) / d x_1 = 0, without which a penalty per sample means nothing. 02's BatchNorm does mix."""
+    torch.manual_seed(0)
+    x = torch.randn(4, *shape, requires_grad=True)
+    network = getattr(load_script(script), name)()
+    gradient, = torch.autograd.grad(network(x, *labels(script, 4))[0].sum(), x)
+    assert gradient[0].abs().max() > 0
+    assert (gradient[1:].abs().max() == 0) == (script != "02_dcgan")
+
+
+@pytest.mark.parametrize("name", ["Generator", "Critic"])
+def test_cgan_uses_its_label(name):
+    module = load_script("04_cgan")
+    network = getattr(module, name)().eval()
+    x = torch.randn(1, *((100,) if name == "Generator" else IMAGE)).expand(10, *[-1] * (1 if name == "Generator" else 3))
+    outputs = network(x, torch.arange(10)).flatten(1)
+    assert len(outputs.unique(dim=0)) == 10
+
+
+@pytest.mark.parametrize("script", ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"])
+def test_noise(script):
+    from argparse import Namespace
+    module = load_script(script)
+    for variant, row in module.CONSTANTS.items():
+        args = Namespace(**row)
+        z = module.generate_noise(20_000, args, "cpu", torch.Generator().manual_seed(0))
+        assert z.shape == (20_000, 100)
+        uniform = row["noise"] == "uniform"
+        assert (z.abs().max() <= 1) == uniform
+        assert abs(z.mean()) < 0.01 and abs(z.std() - (3**-0.5 if uniform else 1)) < 0.01
+        assert uniform == ((script, variant) in {("01_vanilla_gan", "two-logit"), ("03_wgan_gp", "mlp"), ("04_cgan", "cgan")})
+
+
+def test_points_networks_are_the_same_in_01_and_03():
+    """Collapse and cure are only comparable on equal networks."""
+    first, third = load_script("01_vanilla_gan"), load_script("03_wgan_gp")
+    for ours, theirs in [("PointsGenerator", "PointsGenerator"), ("PointsDiscriminator", "PointsCritic")]:
+        assert str(getattr(first, ours)()).split("\n")[1:] == str(getattr(third, theirs)()).split("\n")[1:]
+    generators = []
+    for module in (load_script("02_dcgan").Generator, third.ConvGenerator):
+        torch.manual_seed(0)
+        generators.append(snapshot(module().state_dict().items()))
+    assert unchanged(*generators), "3.4 trains the generator of 3.3"
