@@ -87,7 +87,7 @@ class TwoLogitDiscriminator(nn.Sequential):
 
 
 class KerasGenerator(nn.Sequential):
-    """Document 002: z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]; 1,489,936 trainable parameters."""
+    """Document 002 (erratum 15): z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]; 1,489,936 parameters."""
 
     def __init__(self, latent_dim=100, slope=0.2):
         def block(inputs, outputs):  # Keras' momentum 0.8 is 0.2 here, and its eps is 1e-3
@@ -182,8 +182,8 @@ def generator_step(generator, discriminator, optimizer, z, kind):
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
     parser = common.Parser(__file__, __doc__, CONSTANTS)
-    parser.option("--variant", choices=["bce", "two-logit", "keras"], help="networks, loss and constants (default: bce)")
-    parser.option("--generator-loss", choices=["non-saturating", "saturating"], help="P as in the listings or the formula")
+    parser.option("--variant", "networks, loss and constants (default: bce)", choices=["bce", "two-logit", "keras"])
+    parser.option("--generator-loss", "P of the listings or of the formula", choices=["non-saturating", "saturating"])
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
     if args.run:

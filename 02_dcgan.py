@@ -24,7 +24,7 @@ import common
 # Rates, betas and batch are those of 3.2 and of the text's table of recommended values.
 CONSTANTS = {
     "dcgan": dict(epochs=20, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
-                  latent_dim=100, noise="normal", slope=0.2),
+                  latent_dim=100, slope=0.2),
 }
 
 

@@ -145,7 +145,7 @@ def critic_step(generator, critic, optimizer, real, z, gp_weight):
 
 
 def generator_step(generator, critic, optimizer, z):
-    loss = -critic(generator(z)).mean()                         # P
+    loss = -critic(generator(z)).mean()                         # P, erratum 14
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))          # the critic passes the gradient on and stays as it is
     optimizer.step()
@@ -155,9 +155,9 @@ def generator_step(generator, critic, optimizer, z):
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
     parser = common.Parser(__file__, __doc__, CONSTANTS)
-    parser.option("--critic", dest="variant", choices=["mlp", "conv"], help="networks and constants (default: mlp)")
-    parser.option("--gp-weight", type=common.number(float, at_least=0), help="lambda of the gradient penalty")
-    parser.option("--n-critic", type=common.number(int, at_least=1), help="critic steps per generator step")
+    parser.option("--critic", "networks and constants (default: mlp)", dest="variant", choices=["mlp", "conv"])
+    parser.option("--gp-weight", "lambda of the gradient penalty", type=common.number(float, at_least=0), metavar="X")
+    parser.option("--n-critic", "critic steps per generator step", type=common.number(int, at_least=1), metavar="N")
     args = parser.options(argv)
     make_generator, make_critic = NETWORKS[args.variant]
     if args.run:

@@ -1,6 +1,7 @@
 """Conditional GAN: WGAN-GP whose generator and critic are told the class.
 
-Text: chapter 11, section 11.4. It calls the result CWGAN-gp: the networks of 03, the label c added.
+Text: chapter 11, section 11.4. It calls the result CWGAN-gp: 03 with the label c
+added to both networks and all steps (erratum 19).
 
     Q = mean(C(G(z, c), c) - C(x, c) + lambda (||g(xhat, c)||_2 - 1)^2)       critic's cost
     P = -mean(C(G(z, c), c))                                                  generator's cost
@@ -24,7 +25,7 @@ import common
 # All of 11.4.2. An epoch is N // batch generator steps, each after n_critic critic steps.
 CONSTANTS = {
     "cgan": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,        # erratum 7
-                 latent_dim=100, noise="uniform", slope=0.3, gp_weight=10.0, n_critic=5),
+                 latent_dim=100, slope=0.3, gp_weight=10.0, n_critic=5),
 }
 NUM_CLASSES, EMBED_DIM = 10, 64
 
@@ -106,9 +107,9 @@ def generator_step(generator, critic, optimizer, z, labels):
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
     parser = common.Parser(__file__, __doc__, CONSTANTS)
-    parser.option("--gp-weight", type=common.number(float, at_least=0), help="lambda of the gradient penalty")
-    parser.option("--n-critic", type=common.number(int, at_least=1), help="critic steps per generator step")
-    parser.option("--class", dest="label", type=int, choices=range(NUM_CLASSES), help="with --from: draw this class alone")
+    parser.option("--gp-weight", "lambda of the gradient penalty", type=common.number(float, at_least=0), metavar="X")
+    parser.option("--n-critic", "critic steps per generator step", type=common.number(int, at_least=1), metavar="N")
+    parser.option("--class", "with --from: draw this class alone", dest="label", type=int, choices=range(NUM_CLASSES))
     args = parser.options(argv)
     if args.run:
         return common.sample_run(Generator(args.latent_dim, args.slope), generate_noise, args)

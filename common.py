@@ -12,6 +12,7 @@ A reader who follows the text can skip this file: no network, loss or training s
 import argparse
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import os
@@ -69,47 +70,45 @@ class Parser(argparse.ArgumentParser):
     """The command line of one numbered script.
 
     `constants` is the script's table: a row of option values per variant. The option "variant" picks
-    the row (the first unless the script's flag says otherwise); a row called "points" serves 2-D data. Every flag that
-    is not given takes the value of that row, so the table is the only place of defaults.
+    the row, by default the first; a row called "points" serves 2-D data. Every flag that is not given
+    takes the value of its row, so the table is the only place of defaults.
     """
 
     def __init__(self, script, description, constants):
         super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
         self.constants = constants
-        count, rate = number(int, at_least=1), number(float, above=0)
-        self.option("--epochs", type=count, help="passes of N // batch generator steps")
-        self.option("--batch-size", type=number(int, at_least=2), help="samples per step, at least 2 (BatchNorm)")
-        self.option("--lr-g", type=rate, help="Adam's learning rate of the generator")
-        self.option("--lr-d", type=rate, help="Adam's learning rate of the discriminator or critic")
-        self.option("--beta1", type=number(float, at_least=0, below=1), help="Adam's first beta")
-        self.option("--latent-dim", type=count, help="numbers in one latent vector z")
-        self.option("--seed", type=number(int, at_least=0, below=2**63), help="seed of everything drawn at random")
-        self.option("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+        count = dict(type=number(int, at_least=1), metavar="N")
+        rate = dict(type=number(float, above=0), metavar="X")
         datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("points" in constants)
-        self.option("--dataset", choices=datasets,
-                    help="auto: MNIST if it is there or can be fetched, else digits drawn from fonts")
-        self.option("--data-dir", metavar="DIR", help="folder that holds, or receives, MNIST/raw")
-        self.option("--output-dir", metavar="DIR", help="folder that receives the run's own folder")
-        self.option("--sample-interval", type=count, help="epochs between sample pictures (a twentieth of the run)")
-        self.option("--checkpoint-interval", type=count, help="epochs between checkpoints (a twentieth of the run)")
-        self.option("--max-batches", type=count, help="at most this many generator steps per epoch, for a quick look")
-        self.option("--from", dest="run", metavar="RUN", help="load the generator of this run folder or checkpoint; train nothing")
-        self.option("--generate", type=count, metavar="N", help="with --from: a picture of N samples (default: 64)")
-        self.option("--interpolate", action="store_const", const=True, help="with --from: paths between latent vectors")
-        self.option("--explore", type=number(int, at_least=0), metavar="DIM", help="with --from: vary this latent dimension by +-3")
+        self.option("--epochs", "passes of N // batch generator steps", **count)
+        self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
+        self.option("--lr-g", "Adam's learning rate, generator", **rate)
+        self.option("--lr-d", "Adam's learning rate, discriminator or critic", **rate)
+        self.option("--beta1", "Adam's first beta", type=number(float, at_least=0, below=1), metavar="X")
+        self.option("--latent-dim", "numbers in one latent vector z", **count)
+        self.option("--seed", "seed of all random numbers", type=number(int, at_least=0, below=2**63), metavar="N")
+        self.option("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+        self.option("--dataset", "auto: MNIST if it is there or can be fetched, else digits", choices=datasets)
+        self.option("--data-dir", "folder that holds, or receives, MNIST/raw", metavar="DIR")
+        self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
+        self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
+        self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
+        self.option("--max-batches", "at most N generator steps per epoch, for a quick look", **count)
+        self.option("--from", "draw from this trained run (folder or checkpoint)", dest="run", metavar="RUN")
+        self.option("--generate", "with --from: a picture of N samples (default: 64)", **count)
+        self.option("--interpolate", "with --from: paths between latent vectors", action="store_const", const=True)
+        self.option("--explore", "with --from: move latent dimension DIM by -3 to 3",
+                    type=number(int, at_least=0), metavar="DIM")
 
     def option(self, flag, help, **settings):
-        """Add a flag; its help shows the default that each row of the table holds."""
+        """Add a flag; its help shows the default, row by row where the rows of the table differ."""
         name = flag.strip("-").replace("-", "_")
         values = {row: table[name] for row, table in self.constants.items() if name in table}
-        if name in DEFAULTS:
-            help += f" (default: {DEFAULTS[name]})"
-        elif len(values) > 1:
-            help += f" (default: {', '.join(f'{row} {value}' for row, value in values.items())})"
-        elif values:
-            help += f" (default: {next(iter(values.values()))})"
-        self.add_argument(flag, help=help, **settings)
+        if len(set(values.values())) == 1:
+            values = {"": next(iter(values.values()))}
+        default = DEFAULTS.get(name, ", ".join(f"{row} {value}".strip() for row, value in values.items()))
+        self.add_argument(flag, help=f"{help} (default: {default})" if default != "" else help, **settings)
 
     def error(self, message):
         fail(message)
@@ -124,7 +123,8 @@ class Parser(argparse.ArgumentParser):
                 fail(f"{self._flag(name)} draws from a trained generator: name its run with --from RUN")
         points = given.get("dataset") == "gaussians"
         if points and "variant" in given:
-            fail(f"{self._flag('variant')} {given['variant']} is for images, --dataset gaussians has a network of its own; leave one out")
+            fail(f"{self._flag('variant')} {given['variant']} is for images; "
+                 "--dataset gaussians has networks of its own")
         options = {"script": Path(self.prog).stem, **DEFAULTS, "max_batches": None, "run": None}
         row = given.setdefault("variant", "points" if points else next(iter(self.constants)))
         options.update(self.constants[row])
@@ -139,15 +139,16 @@ class Parser(argparse.ArgumentParser):
         if not path.is_file():
             fail(f"--from: {path} does not exist")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            options = dict(saved["options"])
-        except Exception as error:  # whatever a damaged or foreign file raises
+            options = torch.load(path, map_location="cpu", weights_only=True)["options"]
+            script = options["script"]
+        except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
             fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
-        if options["script"] != Path(self.prog).stem:
-            fail(f"--from: {path} was trained by {options['script']}.py; give it to that script")
+        if script != Path(self.prog).stem:
+            fail(f"--from: {path} was trained by {script}.py; give it to that script")
         for name, value in given.items():
             if name not in SAMPLING and options.get(name) != value:
-                fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; --from trains nothing")
+                fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
+                     "--from trains nothing")
         if given.get("explore", 0) >= options["latent_dim"]:
             fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {options['latent_dim'] - 1}")
         if not {"generate", "interpolate", "explore"} & given.keys():
@@ -183,7 +184,7 @@ class Data(NamedTuple):
     labels: torch.Tensor
 
     def scaled(self, index):
-        """Samples at `index` as a network sees them: pixels in [-1, 1], points as they are."""
+        """Samples at `index` as a network sees them: pixels in [-1, 1] (erratum 13), points as they are."""
         chosen = self.samples[index]
         return chosen.float() / 127.5 - 1 if chosen.dtype == torch.uint8 else chosen
 
@@ -209,10 +210,10 @@ def load_data(name, data_dir, split="train", device="cpu"):
             samples, labels = read_mnist(folder, {"train": "train", "test": "t10k"}[split])
             name = "mnist" if name == "auto" else name
         elif name == "auto":
-            print(f"No MNIST: {trouble}. Training on digits drawn from fonts; for MNIST, put its four files into {folder}.")
+            print(f"no MNIST: {trouble}; training on digits drawn from fonts (for MNIST, put its files into {folder})")
             name = "digits"
         else:
-            fail(f"--dataset {name}: {trouble}; put its four files (train-images-idx3-ubyte, ..., raw or .gz) into {folder}")
+            fail(f"--dataset {name}: {trouble}; put its four files (*-ubyte, raw or .gz) into {folder}")
     if name == "digits":
         samples, labels = draw_digits(split)
     if name == "gaussians":
@@ -250,7 +251,8 @@ def read_mnist(folder, prefix):
     images = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
     labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
     if images.shape[1:] != (28, 28):
-        fail(f"{folder}/{prefix}-images-idx3-ubyte: images of {images.shape[1]}x{images.shape[2]} pixels, expected 28x28")
+        height, width = images.shape[1:]
+        fail(f"{folder}/{prefix}-images-idx3-ubyte: images of {height}x{width} pixels, expected 28x28")
     if len(images) != len(labels):
         fail(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels; the files do not belong together")
     if labels.max(initial=0) > 9:
@@ -284,9 +286,9 @@ def read_idx(folder, name, dimensions):
     return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)
 
 
-FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSerif DejaVuSerif-Bold
-    DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
-    cmr10 cmb10 cmss10 cmti10 cmtt10""".split()  # of those that matplotlib ships, the ones with usual digits
+FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif",
+         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol",
+         "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
 
 
 def draw_glyphs():
@@ -298,7 +300,8 @@ def draw_glyphs():
         for digit in range(10):
             left, top, right, bottom = face.getbbox(str(digit))
             canvas = Image.new("L", (64, 64))
-            ImageDraw.Draw(canvas).text((32 - (left + right) / 2, 32 - (top + bottom) / 2), str(digit), fill=255, font=face)
+            corner = 32 - (left + right) / 2, 32 - (top + bottom) / 2
+            ImageDraw.Draw(canvas).text(corner, str(digit), fill=255, font=face)
             glyphs[digit, column] = np.asarray(canvas)
     blur = torchvision.transforms.functional.gaussian_blur
     return blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
@@ -332,7 +335,7 @@ def draw_digits(split, parts=2000):
 
 
 def draw_gaussians(split):
-    """The text's eight Gaussians (example 3): points [N, 2] and the number of their centre [N].
+    """The text's eight Gaussians (example 3, erratum 8): points [N, 2] and the number of their centre [N].
 
     Centres (+-1, +-1), (+-2, 0), (0, +-2), sigma 0.1, all halved: most coordinates lie in [-1, 1].
     """
@@ -348,7 +351,7 @@ def draw_gaussians(split):
 # ---------------------------------------------------------------------------------------------
 
 def save_picture(samples, columns, path, paths=False):
-    """Write a PNG: images [N, 1, H, W] in [-1, 1] as a grid, points [N, 2] as a scatter plot.
+    """Write a PNG: images [N, 1, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
 
     With `paths`, each `columns` successive points are one path through the plane.
     """
@@ -375,13 +378,17 @@ def save_curves(history, plots, path):
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=f"equilibrium {label}")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     figure.savefig(path, dpi=100)
 
 
 def save_film(pictures, path):
     """A looping GIF of PNG files, the last one shown longer."""
-    frames = [Image.open(picture).convert("P") for picture in pictures]
+    frames = []
+    for picture in pictures:
+        with Image.open(picture) as image:
+            frames.append(image.convert("P", palette=Image.Palette.ADAPTIVE))
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
                    duration=[250] * (len(frames) - 1) + [2000])
 
@@ -395,8 +402,8 @@ class Pipeline:
 
     generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
     draw_noise(count, args, device, generator): the script's latent distribution.
-    Latents come from a generator of their own: the same --seed gives the same picture, and the
-    random numbers of a training are left alone.
+    Each picture's latents are drawn by a generator of its own: the same --seed gives the same
+    picture, and the random numbers of a training are left alone.
     """
 
     ROWS, STEPS = 8, 10  # rows of an interpolation or a walk, pictures in a row
@@ -404,8 +411,7 @@ class Pipeline:
     def __init__(self, generator, draw_noise, args):
         self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
         self.rows = args.classes or self.ROWS
-        rng = torch.Generator().manual_seed(args.seed)
-        self.noise = lambda count: draw_noise(count, args, "cpu", rng)
+        self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed))
 
     def __call__(self, z, labels):
         """Samples on the CPU, in eval mode, without gradients; the generator's mode is restored."""
@@ -438,11 +444,11 @@ class Pipeline:
 
     def interpolate(self, path, label=None):
         """Each row goes from one latent vector to another in a straight line, (1 - t) z1 + t z2."""
-        z1, z2 = self.noise(self.rows)[:, None], self.noise(self.rows)[:, None]
+        z1, z2 = self.noise(2 * self.rows)[:, None].chunk(2)
         self._rows(torch.lerp(z1, z2, torch.linspace(0, 1, self.STEPS)[None, :, None]), path, label)
 
     def explore(self, dimensions, path, label=None, one_base=False):
-        """Row r moves dimension `dimensions[r]` of a latent vector by -3 to +3, the rest stands still."""
+        """Row r moves dimension `dimensions[r]` of a latent vector by -3 to +3 (erratum 16), the rest stands still."""
         z = self.noise(1 if one_base else len(dimensions)).expand(len(dimensions), -1)
         z = z[:, None].repeat(1, self.STEPS, 1)
         for row, dimension in enumerate(dimensions):
@@ -465,16 +471,18 @@ def sample_run(generator, draw_noise, args):
     pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
     folder = Path(args.run).parent / "samples"
     folder.mkdir(exist_ok=True)
-    suffix = ("" if args.label is None else f"-class{args.label}") + f"-seed{args.seed}.png"
+
+    def target(name):
+        path = folder / f"{name}{'' if args.label is None else f'-class{args.label}'}-seed{args.seed}.png"
+        print(path)
+        return path
+
     if args.generate:
-        pipeline.generate(*pipeline.latents(args.generate, args.label), folder / f"generated-{args.generate}{suffix}")
-        print(folder / f"generated-{args.generate}{suffix}")
+        pipeline.generate(*pipeline.latents(args.generate, args.label), target(f"generated-{args.generate}"))
     if args.interpolate:
-        pipeline.interpolate(folder / f"interpolation{suffix}", args.label)
-        print(folder / f"interpolation{suffix}")
+        pipeline.interpolate(target("interpolation"), args.label)
     if args.explore is not None:
-        pipeline.explore([args.explore] * pipeline.rows, folder / f"latent_walk-dim{args.explore}{suffix}", args.label)
-        print(folder / f"latent_walk-dim{args.explore}{suffix}")
+        pipeline.explore([args.explore] * pipeline.rows, target(f"latent_walk-dim{args.explore}"), args.label)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,7 +503,8 @@ def prepare(args, classes=0):
     args.dataset, args.classes = data.name, classes
     if len(data.samples) < args.batch_size:
         fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
-    print(f"data    {data.name}, {len(data.samples)} samples of {list(data.samples.shape[1:])}, batch {args.batch_size}")
+    shape = list(data.samples.shape[1:])
+    print(f"data    {data.name}, {len(data.samples)} samples of {shape}, batch {args.batch_size}")
     return data
 
 
@@ -538,18 +547,17 @@ class Run:
         parent = Path(self.args.output_dir)
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            number = 1 + max((int(p.name[len(name):]) for p in parent.glob(f"{name}*") if p.name[len(name):].isdigit()), default=0)
-            while True:
+            taken = [path.name.removeprefix(name) for path in parent.glob(f"{name}*")]
+            for number in itertools.count(1 + max((int(text) for text in taken if text.isdigit()), default=0)):
                 with contextlib.suppress(FileExistsError):  # another run took it in between
                     folder = parent / f"{name}{number:04d}"
                     folder.mkdir()
                     return folder
-                number += 1
         except OSError as error:
             fail(f"--output-dir {parent}: {error.strerror}")
 
     def _save_real(self, count):
-        index = torch.arange(count)
+        index = torch.arange(min(count, len(self.data.samples)))
         if self.args.classes:
             index = torch.cat([(self.data.labels == label).nonzero()[:count // self.args.classes, 0].cpu()
                                for label in range(self.args.classes)])
@@ -558,12 +566,14 @@ class Run:
 
     def __enter__(self):
         self._picture()
-        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step", disable=None, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step",
+                        disable=None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
         return self
 
     def epochs(self):
         """One endless stream of (real, labels) batches per epoch; log, pictures and checkpoints in between."""
-        for self.epoch in range(1, self.args.epochs + 1):
+        while self.epoch < self.args.epochs:
+            self.epoch += 1
             self.sums, start = {}, time.perf_counter()
             yield self.data.batches(self.args.batch_size)
             row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
@@ -595,7 +605,8 @@ class Run:
         sys.stdout.flush()
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d (output in {self.folder})", 1)
+            fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d "
+                 f"(output so far in {self.folder})", code=1)
         self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(self.history[-1]) + "\n")
@@ -622,5 +633,5 @@ class Run:
             dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
             self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
             save_film(sorted(self.samples.glob("epoch_*.png")), self.samples / "progress.gif")
-            print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}; "
-                  f"draw more with: python {self.args.script}.py --from {self.folder}")
+            print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
+            print(f"more    python {self.args.script}.py --from {self.folder}")

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
 from scipy.special import expit, log_expit
+
+from conftest import load_script
 
 LN2 = math.log(2)
 LOGITS = [-30.0, -2.0, 0.0, 0.5, 30.0]
@@ -40,7 +41,7 @@ def test_generator_losses(width):
     outputs = logits[:, None] if width == 1 else np.stack([np.zeros(5), logits], 1)     # l = l_1 - l_0
     for kind, expected, gradient in [("non-saturating", -log_expit(logits), -expit(-logits)),
                                      ("saturating", log_expit(-logits), -expit(logits))]:
-        value, (d,) = value_and_gradient(lambda x: loss(x, kind), (outputs, width))
+        value, (d,) = value_and_gradient(lambda x, kind=kind: loss(x, kind), (outputs, width))
         assert value == pytest.approx(expected.mean(), rel=1e-12)
         np.testing.assert_allclose(d[:, -1], gradient / 5, rtol=1e-9, atol=1e-12)
     one = [[0.0, -30.0][-width:]]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conftest import load_script
 
 CRITICS = [("03_wgan_gp", "Critic", (1, 28, 28)), ("03_wgan_gp", "ConvCritic", (1, 28, 28)),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from conftest import load_script, snapshot, unchanged
 
 CASES = [("01_vanilla_gan", variant) for variant in ("bce", "two-logit", "keras", "points")] + [("02_dcgan", "dcgan")]

@@ -1,0 +1,147 @@
+"""Flags: their defaults, their checks, and what --from accepts beside it."""
+
+import json
+
+import pytest
+
+from conftest import SCRIPTS, load_script
+
+TRAINED = ["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "16"]
+OWN_DEFAULTS = {"01_vanilla_gan": {"variant": "bce", "epochs": 50, "batch_size": 64, "lr_d": 2e-4, "beta1": 0.5},
+                "02_dcgan": {"batch_size": 64, "lr_g": 2e-4, "beta1": 0.5, "slope": 0.2},
+                "03_wgan_gp": {"variant": "mlp", "epochs": 300, "batch_size": 300, "gp_weight": 10, "n_critic": 5, "beta1": 0, "beta2": 0.9},
+                "04_cgan": {"epochs": 300, "batch_size": 300, "gp_weight": 10, "n_critic": 5, "beta1": 0, "beta2": 0.9}}
+VARIANTS = [("01_vanilla_gan", "--variant", "two-logit", {"epochs": 500, "batch_size": 300, "lr_g": 1e-4, "lr_d": 4e-5, "beta1": 0.9,
+                                                           "noise": "uniform", "slope": 0.3}),
+            ("01_vanilla_gan", "--variant", "keras", {"epochs": 16, "batch_size": 32, "lr_g": 2e-4, "beta1": 0.5, "noise": "normal"}),
+            ("03_wgan_gp", "--critic", "conv", {"beta1": 0, "beta2": 0.9, "noise": "normal", "slope": 0.2})]
+
+
+@pytest.fixture
+def options(monkeypatch, cached_digits):
+    """Call a script's main and return the options that reach its preparation."""
+    def call(script, *arguments):
+        class Reached(Exception):
+            pass
+
+        def prepare(args, **settings):
+            raise Reached(vars(args))
+
+        module = load_script(script)
+        monkeypatch.setattr(module.common, "prepare", prepare)
+        with pytest.raises(Reached) as reached:
+            module.main(list(map(str, arguments)))
+        return reached.value.args[0]
+    return call
+
+
+def one_line(capsys):
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_come_from_the_table(options, script):
+    found = options(script)
+    for name, value in {**OWN_DEFAULTS[script], "seed": 0, "device": "auto", "dataset": "auto", "data_dir": "data",
+                        "latent_dim": 100, "max_batches": None}.items():
+        assert found[name] == value, name
+    assert found["sample_interval"] == found["checkpoint_interval"] == found["epochs"] // 20
+    assert options(script, "--epochs", 7)["sample_interval"] == 1
+    assert options(script, "--batch-size", 5)["batch_size"] == 5
+
+
+@pytest.mark.parametrize("script, flag, variant, expected", VARIANTS)
+def test_variants_bring_their_constants(options, script, flag, variant, expected):
+    found = options(script, flag, variant)
+    assert {name: found[name] for name in expected} == expected
+    assert options(script, flag, variant, "--lr-g", 0.5)["lr_g"] == 0.5
+
+
+@pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp"])
+def test_points_choose_their_own_row(options, script):
+    assert options(script, "--dataset", "gaussians")["variant"] == "points"
+
+
+@pytest.mark.parametrize("flag, values", {
+    "--epochs": ["0", "-1", "1.5", "many", ""], "--batch-size": ["0", "1"], "--lr-g": ["0", "-1e-4", "nan", "inf", "x"],
+    "--lr-d": ["0", "nan"], "--beta1": ["1", "-0.1", "nan"], "--latent-dim": ["0"], "--seed": ["-1", "9223372036854775808"],
+    "--sample-interval": ["0"], "--checkpoint-interval": ["0"], "--max-batches": ["0"], "--gp-weight": ["-1", "nan"],
+    "--n-critic": ["0"], "--explore": ["-1"], "--generate": ["0"], "--device": ["gpu"], "--dataset": ["cifar"],
+    "--critic": ["points"]}.items())
+def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values):
+    for value in values:
+        with pytest.raises(SystemExit) as stop:
+            load_script("03_wgan_gp").main([flag, value, "--output-dir", str(tmp_path)])
+        assert stop.value.code == 2
+        assert f"argument {flag}" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script, arguments, message", [
+    ("02_dcgan", ["--dataset", "gaussians"], "argument --dataset: invalid choice"),
+    ("04_cgan", ["--dataset", "gaussians"], "argument --dataset: invalid choice"),
+    ("03_wgan_gp", ["--dataset", "gaussians", "--critic", "conv"], "--critic conv is for images"),
+    ("01_vanilla_gan", ["--dataset", "gaussians", "--variant", "keras"], "--variant keras is for images"),
+    ("01_vanilla_gan", ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    ("01_vanilla_gan", ["--generate", "9"], "--generate draws from a trained generator"),
+    ("01_vanilla_gan", ["--interpolate"], "--interpolate draws from a trained generator"),
+    ("01_vanilla_gan", ["--explore", "3"], "--explore draws from a trained generator"),
+    ("04_cgan", ["--class", "3"], "--class draws from a trained generator"),
+    ("04_cgan", ["--class", "10"], "argument --class: invalid choice"),
+    ("01_vanilla_gan", ["--from", "no/such/run"], "no/such/run does not exist"),
+    ("01_vanilla_gan", ["--device", "cuda"], "--device cuda: this torch"),
+    ("01_vanilla_gan", ["--dataset", "digits", "--batch-size", "60001"], "--batch-size 60001 exceeds the 60000 training samples")])
+def test_refusals(tmp_path, capsys, monkeypatch, cached_digits, script, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        load_script(script).main([*arguments, "--output-dir", str(tmp_path)])
+    assert stop.value.code == 2
+    line = one_line(capsys)
+    assert line.count("error:") == 1 and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_dir_that_cannot_be_made(tmp_path, capsys, cached_digits):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        load_script("02_dcgan").main([*TRAINED, "--output-dir", str(tmp_path / "file")])
+    assert stop.value.code == 2 and "--output-dir" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run of 03 to draw from."""
+    parent = tmp_path_factory.mktemp("runs")
+    load_script("03_wgan_gp").main([*TRAINED, "--latent-dim", "7", "--output-dir", str(parent)])
+    return parent / "03_wgan_gp-digits-0001"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--critic", "conv"], "--critic conv contradicts the run, which has mlp"),
+    (["--latent-dim", "8"], "--latent-dim 8 contradicts the run, which has 7"),
+    (["--dataset", "mnist"], "--dataset mnist contradicts the run, which has digits"),
+    (["--epochs", "5"], "--epochs 5 contradicts the run, which has 1; --from trains nothing"),
+    (["--explore", "7"], "--explore 7: the run's latent dimensions are 0 to 6"),
+    (["--class", "3"], "unrecognized arguments: --class 3")])
+def test_from_refuses_what_contradicts_the_run(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        load_script("03_wgan_gp").main(["--from", str(run), *arguments])
+    assert stop.value.code == 2 and message in one_line(capsys)
+
+
+def test_from_accepts_what_agrees_with_the_run(run, capsys):
+    load_script("03_wgan_gp").main(["--from", str(run), "--critic", "mlp", "--latent-dim", "7", "--seed", "4"])
+    assert capsys.readouterr().out.strip() == str(run / "samples" / "generated-64-seed4.png")
+
+
+def test_from_refuses_other_files(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_script("04_cgan").main(["--from", str(run)])
+    assert stop.value.code == 2 and "was trained by 03_wgan_gp.py; give it to that script" in one_line(capsys)
+    content = (run / "checkpoint.pt").read_bytes()
+    for damaged in (b"", b"no checkpoint", content[:1000], json.dumps({}).encode()):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(SystemExit) as stop:
+            load_script("03_wgan_gp").main(["--from", str(tmp_path)])
+        assert stop.value.code == 2 and "is not a checkpoint of these scripts" in one_line(capsys)

@@ -1,0 +1,296 @@
+"""Each script as a user runs it: what it prints, what it writes, that a seed repeats, that sampling disturbs nothing."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from conftest import ROOT, SCRIPTS, load_script, run_script, snapshot, unchanged
+
+QUICK = ["--dataset", "digits", "--epochs", "2", "--max-batches", "3", "--batch-size", "16", "--device", "cpu"]
+QUANTITIES = {"01_vanilla_gan": ["D(x)", "D(G(z))", "acc_D", "loss_D", "acc_G", "loss_G"],
+              "02_dcgan": ["D(x)", "D(G(z))", "loss_D", "loss_G"],
+              "03_wgan_gp": ["W", "penalty", "grad_norm", "loss_C", "loss_G"],
+              "04_cgan": ["W", "penalty", "grad_norm", "loss_C", "loss_G"]}
+RUNS = [(script, "digits", []) for script in SCRIPTS] + [(script, "gaussians", ["--dataset", "gaussians"])
+                                                         for script in ("01_vanilla_gan", "03_wgan_gp")]
+"""(script, data set, flags) of the runs that every output is checked on."""
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda case: f"{case[0]}-{case[1]}")
+def finished(request, tmp_path_factory):
+    script, dataset, flags = request.param
+    parent = tmp_path_factory.mktemp("runs")
+    process = run_script(script, *QUICK, *flags, "--output-dir", parent)
+    assert process.returncode == 0, process.stderr
+    return script, dataset, parent / f"{script}-{dataset}-0001", process
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_terminal(finished):
+    script, dataset, folder, process = finished
+    lines = process.stdout.splitlines()
+    assert re.match(rf"{script}, [\w-]+, seed 0$", lines[0])
+    assert re.match(rf"device  cpu, \d+ threads, torch {re.escape(torch.__version__)}$", lines[1])
+    assert lines[2].startswith(f"data    {dataset}, 60000 samples of {'[2]' if dataset == 'gaussians' else '[1, 28, 28]'}, batch 16")
+    assert lines[3] == f"output  {folder}: 2 epochs of 3 generator steps"
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line[:9] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
+    assert len({len(line) for line in epochs}) == 1, "the columns are aligned"
+    assert re.findall(r"(\S+) +-?\d+\.\d{4}", epochs[0]) == QUANTITIES[script] and epochs[0].endswith(" s")
+    assert lines[-2] == f"done    look at {folder / 'samples' / 'final.png'} and {folder / 'curves.png'}"
+    assert lines[-1] == f"more    python {script}.py --from {folder}"
+    assert process.stderr == ""
+
+
+def test_log_and_options(finished):
+    script, dataset, folder, process = finished
+    log = read_log(folder)
+    assert [row["epoch"] for row in log] == [1, 2] and [row["step"] for row in log] == [3, 6]
+    for row, line in zip(log, [line for line in process.stdout.splitlines() if line.startswith("epoch")]):
+        assert list(row) == ["epoch", "step", "seconds", *QUANTITIES[script]]
+        assert all(math.isfinite(value) for value in row.values()) and row["seconds"] > 0
+        for name in QUANTITIES[script]:
+            assert f"{name} {row[name]:9.4f}" in line
+    options = json.loads((folder / "options.json").read_text())
+    assert options["dataset"] == dataset and options["epochs"] == 2 and options["script"] == script
+    assert options["versions"]["torch"] == torch.__version__ and options["threads"] >= 1
+
+
+def test_pictures(finished):
+    script, dataset, folder, _ = finished
+    names = {path.name for path in (folder / "samples").iterdir()}
+    assert names == {"real.png", "epoch_0000.png", "epoch_0001.png", "epoch_0002.png", "progress.gif", "final.png",
+                     "interpolation.png", "latent_walk.png"}
+    assert {path.name for path in folder.iterdir()} == {"options.json", "log.jsonl", "checkpoint.pt", "curves.png", "samples"}
+    classes = 10 if script == "04_cgan" else 0
+    cell = lambda count: count * 60 + 4  # 28 doubled, 4 of padding
+    size = {"real.png": (cell(8), cell(classes or 8)), "final.png": (cell(16), cell(classes or 16)),
+            "interpolation.png": (cell(10), cell(classes or 8)), "latent_walk.png": (cell(10), cell(classes or 8))}
+    for name in names:
+        image = picture(folder / "samples" / name)
+        assert len(np.unique(image)) > 5, f"{name} shows nothing"
+        if name in size and dataset != "gaussians":
+            assert image.shape[1::-1] == size[name]
+    with Image.open(folder / "samples" / "progress.gif") as film:
+        assert film.n_frames == 3
+    epochs = [picture(folder / "samples" / f"epoch_000{epoch}.png") for epoch in range(3)]
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    assert picture(folder / "curves.png").shape[0] > 200
+
+
+def test_checkpoint(finished):
+    script, _, folder, _ = finished
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    names = {"01": "discriminator optimizer_d", "02": "discriminator optimizer_d"}.get(script[:2], "critic optimizer_c").split()
+    assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", *names}
+    assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
+
+
+def test_from_draws_what_the_training_drew(finished):
+    """The seed fixes the latents: --generate with the run's seed repeats the last epoch's picture, bit for bit."""
+    script, dataset, folder, _ = finished
+    module = load_script(script)
+    log = (folder / "log.jsonl").read_bytes()
+    count = {"gaussians": 2500}.get(dataset, 80 if script == "04_cgan" else 64)
+    module.main(["--from", str(folder), "--generate", str(count), "--interpolate", "--explore", "5"])
+    drawn = picture(folder / "samples" / f"generated-{count}-seed0.png")
+    assert np.array_equal(drawn, picture(folder / "samples" / "epoch_0002.png"))
+    module.main(["--from", str(folder / "checkpoint.pt"), "--generate", str(count), "--seed", "1"])
+    assert not np.array_equal(drawn, picture(folder / "samples" / f"generated-{count}-seed1.png"))
+    names = [f"generated-{count}-seed0.png", "interpolation-seed0.png", "latent_walk-dim5-seed0.png"]
+    before = [picture(folder / "samples" / name) for name in names]
+    for wish in (["--interpolate"], ["--explore", "5"], ["--generate", str(count)]):
+        module.main(["--from", str(folder), *wish])
+    assert all(map(np.array_equal, before, [picture(folder / "samples" / name) for name in names])), "a seed repeats"
+    assert np.array_equal(before[1], picture(folder / "samples" / "interpolation.png"))
+    assert (folder / "log.jsonl").read_bytes() == log
+    for path in (folder / "samples").glob("*-*.png"):
+        path.unlink()
+
+
+@pytest.fixture
+def train(tmp_path, cached_digits):
+    """Run a script on digits in this process; returns its log without `seconds`."""
+    def call(script, *arguments):
+        load_script(script).main([*QUICK, *map(str, arguments), "--output-dir", str(tmp_path)])
+        folder = max(tmp_path.iterdir())                   # the highest number
+        rows = read_log(folder)
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_seed_repeats(train, script, tmp_path):
+    first = train(script)
+    assert train(script, "--sample-interval", 2, "--checkpoint-interval", 2) == first, "sampling disturbs the training"
+    assert train(script, "--seed", 1) != first
+    assert [path.name[-4:] for path in sorted(tmp_path.iterdir())] == ["0001", "0002", "0003"]
+
+
+FLAGS = [("01_vanilla_gan", flag) for flag in [["--variant", "two-logit"], ["--variant", "keras"], ["--generator-loss", "saturating"]]]
+FLAGS += [("03_wgan_gp", flag) for flag in [["--batch-size", "8"], ["--lr-g", "0.01"], ["--lr-d", "0.01"], ["--beta1", "0.5"],
+                                            ["--latent-dim", "9"], ["--critic", "conv"], ["--gp-weight", "1"], ["--n-critic", "2"],
+                                            ["--max-batches", "2"]]]
+
+
+baselines = {}
+
+
+@pytest.mark.parametrize("script, flag", FLAGS, ids=lambda value: "".join(value))
+def test_every_flag_changes_the_training(train, script, flag):
+    if script not in baselines:
+        baselines[script] = train(script)
+    assert train(script, *flag) != baselines[script]
+
+
+def test_intervals(train, tmp_path, monkeypatch):
+    saved = []
+    save = common.Run.save_checkpoint
+    monkeypatch.setattr(common.Run, "save_checkpoint", lambda run: (saved.append(run.epoch), save(run)))
+    train("03_wgan_gp", "--epochs", 5, "--sample-interval", 2, "--checkpoint-interval", 3)
+    samples = max(tmp_path.iterdir()) / "samples"
+    assert sorted(path.name for path in samples.glob("epoch*")) == [f"epoch_000{epoch}.png" for epoch in (0, 2, 4, 5)]
+    assert saved == [3, 5]
+
+
+def test_sampling_leaves_the_training_state_untouched(cached_digits):
+    module = load_script("04_cgan")
+    from argparse import Namespace
+    args = Namespace(**module.CONSTANTS["cgan"], classes=10, seed=0)
+    generator = module.Generator()
+    state, random = snapshot(generator.state_dict().items()), torch.get_rng_state()
+    pipeline = common.Pipeline(generator, module.generate_noise, args)
+    samples = pipeline(*pipeline.latents(30))
+    assert samples.shape == (30, 1, 28, 28) and not samples.requires_grad
+    assert all(part.training for part in generator.modules())
+    assert unchanged(state, generator.state_dict()) and torch.equal(random, torch.get_rng_state())
+    generator.eval()
+    with torch.no_grad():
+        expected = generator(*common.Pipeline(generator, module.generate_noise, args).latents(30))
+    torch.testing.assert_close(samples, expected)
+
+
+class Recorder(torch.nn.Module):
+    """A generator that returns its latents as points, so that a test sees what the pipeline asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, z):
+        return z
+
+
+def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
+    """Interpolation: (1 - t) z1 + t z2 in 10 steps. Exploration: base + (-3 ... 3) in one dimension only."""
+    from argparse import Namespace
+    drawn = []
+    monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
+    args = Namespace(latent_dim=6, classes=0, seed=3, noise="normal")
+    pipeline = common.Pipeline(Recorder(), load_script("02_dcgan").generate_noise, args)
+    pipeline.interpolate(tmp_path)
+    pipeline.explore([4] * 8, tmp_path)
+    pipeline.explore(range(6), tmp_path, one_base=True)
+    (lines, columns), (walk, _), (walks, _) = drawn
+    assert columns == 10
+    lines = lines.view(8, 10, 6)
+    steps = lines.diff(dim=1)
+    torch.testing.assert_close(steps, (lines[:, -1:] - lines[:, :1]).expand(-1, 9, -1) / 9)
+    assert len(lines[:, 0].unique(dim=0)) == 8
+    walk, offsets = walk.view(8, 10, 6), torch.linspace(-3, 3, 10)
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(walk[:, :, others], walk[:, :1, others].expand(-1, 10, -1))
+    torch.testing.assert_close(walk[:, :, 4] - walk[:, :, 4].mean(1, keepdim=True), offsets.expand(8, -1))
+    walks = walks.view(6, 10, 6)
+    moved = walks - walks.mean(1).diagonal()
+    torch.testing.assert_close(moved, torch.eye(6)[:, None] * offsets[None, :, None])
+
+
+def test_conditional_grid_has_one_row_per_class(tmp_path, monkeypatch):
+    """Cell (row, column) is class `row` under the z of its column; what is missing to a full grid stays black."""
+    from argparse import Namespace
+
+    class Labelled(Recorder):
+        def forward(self, z, labels):
+            return (labels / 10 + 0.05 * z[:, 0].sign()).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    drawn = []
+    monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
+    pipeline = common.Pipeline(Labelled(), load_script("04_cgan").generate_noise, Namespace(latent_dim=6, classes=10, seed=3))
+    z, labels = pipeline.latents(24)
+    pipeline.generate(z, labels, tmp_path)
+    samples, columns = drawn[0]
+    grid = samples[:, 0, 0, 0].view(10, columns)
+    assert columns == 3
+    style = 0.05 * z[::10, 0].sign()
+    torch.testing.assert_close(grid[:, :2], torch.arange(10)[:, None] / 10 + style[:2])
+    assert (grid[4:, 2] == -1).all() and (grid[:4, 2] > -1).all()
+    z, labels = pipeline.latents(5, label=3)
+    assert labels.tolist() == [3] * 5 and len(z.unique(dim=0)) == 5
+
+
+def test_ctrl_c_keeps_a_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "2", "--epochs", "100000",
+                                "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch") and " 3/" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=60)
+    folder = tmp_path / "03_wgan_gp-gaussians-0001"
+    assert process.returncode == 130 and "interrupted in epoch" in output and errors == ""
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] >= 3
+    assert not (folder / "checkpoint.tmp").exists()
+
+
+def test_divergence_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_script("03_wgan_gp").main(["--dataset", "gaussians", "--lr-d", "1e30", "--max-batches", "3", "--output-dir", str(tmp_path)])
+    assert stop.value.code == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert "is no longer finite in epoch 1; try smaller --lr-g and --lr-d" in line
+    log = tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl"
+    assert not log.exists() or "NaN" not in log.read_text()
+
+
+def test_progress_bar_on_a_terminal(tmp_path):
+    """On a terminal the bar shows rate and time left; in a pipe it stays silent (test_terminal: no stderr)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))    # rows, columns
+    process = subprocess.Popen([sys.executable, "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "40", "--epochs", "2",
+                                "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert re.search(rb"\d+%\|.*\d+/80 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+step/s", shown)
