@@ -5,17 +5,19 @@ Text: chapter 3, sections 3.1-3.2 (examples 1-3); chapter 11, sections 11.1-11.2
     min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]               minimax game, 3.1, 11.1.1
     Q = -mean(log D(x) + log(1 - D(G(z))))                                    discriminator's cost, 11.1.1
     P = mean(log(1 - D(G(z))))     the saturating loss of the formula         generator's cost, 11.1.1
-    P = -mean(log D(G(z)))         the non-saturating loss of every listing   (erratum 9)
+    P = -mean(log D(G(z)))         the non-saturating loss of the listings    (erratum 9)
 
 At the equilibrium D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 per term. curves.png draws both.
 
     python 01_vanilla_gan.py                            chapter 3: one logit, binary cross-entropy
     python 01_vanilla_gan.py --variant two-logit        chapter 11: two logits, cross-entropy, dropout
     python 01_vanilla_gan.py --variant keras            the networks of document 002
-    python 01_vanilla_gan.py --dataset gaussians        the eight Gaussians of example 3, learned for once
+    python 01_vanilla_gan.py --dataset gaussians        the eight Gaussians of example 3, really trained on
 
 Differs from the text: chapter 3 trains on noise, here on images (erratum 5); the discriminator returns
-logits, not probabilities (erratum 6); each update draws its own noise (3.2 and 11.2 reuse one z).
+logits, not probabilities (erratum 6); each update draws its own noise (3.2 and 11.2 reuse one z). Document
+002 updates the discriminator twice per step, on the real and then on the fake batch, and generates fakes
+in inference mode; --variant keras takes its networks and constants but the step below.
 """
 
 import math
@@ -28,7 +30,7 @@ import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # Chapter 3 gives no epochs (its 3 are 30 steps); 50 show good samples. The 16 of keras are the 30,000
-# steps of 32 that document 002 calls epochs (erratum 12). "points" serves --dataset gaussians.
+# steps of 32 that document 002 calls epochs (erratum 12). gaussians: ours, for --dataset gaussians.
 CONSTANTS = {
     "bce": dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                 latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
@@ -36,7 +38,7 @@ CONSTANTS = {
                       latent_dim=100, noise="uniform", slope=0.3, generator_loss="non-saturating"),
     "keras": dict(epochs=16, batch_size=32, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
-    "points": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
+    "gaussians": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                    latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
 }
 
@@ -71,7 +73,7 @@ class TwoLogitGenerator(nn.Sequential):
         super().__init__(
             nn.Linear(latent_dim, 256), nn.LeakyReLU(slope), nn.BatchNorm1d(256),
             nn.Linear(256, 256), nn.LeakyReLU(slope), nn.BatchNorm1d(256),
-            nn.Linear(256, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
+            nn.Linear(256, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))      # erratum 24
 
 
 class TwoLogitDiscriminator(nn.Sequential):
@@ -120,7 +122,7 @@ class PointsDiscriminator(nn.Sequential):
 
 
 NETWORKS = {"bce": (Generator, Discriminator), "two-logit": (TwoLogitGenerator, TwoLogitDiscriminator),
-            "keras": (KerasGenerator, Discriminator), "points": (PointsGenerator, PointsDiscriminator)}
+            "keras": (KerasGenerator, Discriminator), "gaussians": (PointsGenerator, PointsDiscriminator)}
 
 
 def generate_noise(count, args, device, generator=None):
@@ -157,6 +159,7 @@ def probability(output):
 
 
 # --------------------------------------------------------------------------------- training step
+# D first, then G: the order of the listings (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z):
     with torch.no_grad():                                       # the text's .detach(): G is not trained here
         fake = generator(z)
@@ -166,6 +169,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z):
     loss.backward()
     optimizer.step()
     d_real, d_fake = probability(real_output), probability(fake_output)
+    # acc_G below looks at the same share of fakes from the other side: erratum 25.
     accuracy = ((d_real > 0.5).float().mean() + (d_fake <= 0.5).float().mean()) / 2
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 
@@ -195,11 +199,12 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
-    loss_d = {"2 ln 2": 2 * math.log(2)} if args.variant == "two-logit" else {}
-    loss_g = {"ln 2": math.log(2)} if args.generator_loss == "non-saturating" else {"-ln 2": -math.log(2)}
-    plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"0.5": 0.5}),
-             ("accuracy", ["acc_D", "acc_G"], {"0.5": 0.5}),
-             ("loss", ["loss_D", "loss_G"], {"ln 2": math.log(2), **loss_d, **loss_g})]
+    ln2 = math.log(2)
+    guides = {"equilibrium 2 ln 2": 2 * ln2} if args.variant == "two-logit" else {"equilibrium ln 2": ln2}
+    guides |= {"equilibrium -ln 2": -ln2} if args.generator_loss == "saturating" else {"equilibrium ln 2": ln2}
+    plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
+             ("accuracy", ["acc_D", "acc_G"], {"equilibrium 0.5": 0.5}),
+             ("loss", ["loss_D", "loss_G"], guides)]
     with common.Run(args, data, generate_noise, plots, generator=generator, discriminator=discriminator,
                     optimizer_g=optimizer_g, optimizer_d=optimizer_d) as run:
         for batches in run.epochs():

@@ -8,6 +8,7 @@ Text: chapter 3, section 3.3 (example 4).
 
     python 02_dcgan.py
 
+The networks are those of the example, which follows only some of the guidelines above it (erratum 21).
 Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions leave
 (erratum 2) and returns logits (erratum 6). The example stops before the training; the step is that of 3.2.
 """
@@ -21,7 +22,7 @@ from torch import nn
 import common
 
 # ------------------------------------------------------------------------------- hyperparameters
-# Rates, betas and batch are those of 3.2 and of the text's table of recommended values.
+# Rates, betas and batch are those of 3.2 and of the text's table of recommended values; the epochs are ours.
 CONSTANTS = {
     "dcgan": dict(epochs=20, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, slope=0.2),
@@ -109,8 +110,8 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
-    plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"0.5": 0.5}),
-             ("loss", ["loss_D", "loss_G"], {"ln 2": math.log(2)})]
+    plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
+             ("loss", ["loss_D", "loss_G"], {"equilibrium ln 2": math.log(2)})]
     with common.Run(args, data, generate_noise, plots, generator=generator, discriminator=discriminator,
                     optimizer_g=optimizer_g, optimizer_d=optimizer_d) as run:
         for batches in run.epochs():

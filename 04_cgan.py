@@ -120,7 +120,7 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, (args.beta1, args.beta2))
 
-    plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"1": 1}),
+    plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"target 1": 1}),
              ("gradient penalty", ["penalty"], {}), ("loss", ["loss_C", "loss_G"], {})]
     with common.Run(args, data, generate_noise, plots, generator=generator, critic=critic,
                     optimizer_g=optimizer_g, optimizer_c=optimizer_c) as run:

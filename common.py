@@ -12,11 +12,13 @@ A reader who follows the text can skip this file: no network, loss or training s
 import argparse
 import contextlib
 import gzip
+import http.client
 import itertools
 import json
 import math
 import os
 import platform
+import queue
 import struct
 import sys
 import tempfile
@@ -70,8 +72,8 @@ class Parser(argparse.ArgumentParser):
     """The command line of one numbered script.
 
     `constants` is the script's table: a row of option values per variant. The option "variant" picks
-    the row, by default the first; a row called "points" serves 2-D data. Every flag that is not given
-    takes the value of its row, so the table is the only place of defaults.
+    the row, by default the first; --dataset gaussians has a row of its own. Every flag that is not
+    given takes the value of its row, so the table is the only place of defaults.
     """
 
     def __init__(self, script, description, constants):
@@ -80,8 +82,8 @@ class Parser(argparse.ArgumentParser):
         self.constants = constants
         count = dict(type=number(int, at_least=1), metavar="N")
         rate = dict(type=number(float, above=0), metavar="X")
-        datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("points" in constants)
-        self.option("--epochs", "passes of N // batch generator steps", **count)
+        datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("gaussians" in constants)
+        self.option("--epochs", "rounds of (samples // batch size) generator steps", **count)
         self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
         self.option("--lr-g", "Adam's learning rate, generator", **rate)
         self.option("--lr-d", "Adam's learning rate, discriminator or critic", **rate)
@@ -115,18 +117,19 @@ class Parser(argparse.ArgumentParser):
 
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
+        sys.stdout.reconfigure(errors="replace")  # --help holds Japanese, which not every encoding can print
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
         for name in SAMPLING - {"seed", "device"}:
             if name in given:
                 fail(f"{self._flag(name)} draws from a trained generator: name its run with --from RUN")
-        points = given.get("dataset") == "gaussians"
-        if points and "variant" in given:
+        planar = given.get("dataset") == "gaussians"
+        if planar and "variant" in given:
             fail(f"{self._flag('variant')} {given['variant']} is for images; "
                  "--dataset gaussians has networks of its own")
         options = {"script": Path(self.prog).stem, **DEFAULTS, "max_batches": None, "run": None}
-        row = given.setdefault("variant", "points" if points else next(iter(self.constants)))
+        row = given.setdefault("variant", "gaussians" if planar else next(iter(self.constants)))
         options.update(self.constants[row])
         options.update(given)
         for name in ("sample_interval", "checkpoint_interval"):
@@ -140,7 +143,7 @@ class Parser(argparse.ArgumentParser):
             fail(f"--from: {path} does not exist")
         try:
             options = torch.load(path, map_location="cpu", weights_only=True)["options"]
-            script = options["script"]
+            script, latent_dim = options["script"], options["latent_dim"]
         except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
             fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
         if script != Path(self.prog).stem:
@@ -149,8 +152,8 @@ class Parser(argparse.ArgumentParser):
             if name not in SAMPLING and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
                      "--from trains nothing")
-        if given.get("explore", 0) >= options["latent_dim"]:
-            fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {options['latent_dim'] - 1}")
+        if given.get("explore", 0) >= latent_dim:
+            fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {latent_dim - 1}")
         if not {"generate", "interpolate", "explore"} & given.keys():
             given["generate"] = 64
         return {**options, "generate": None, "interpolate": None, "explore": None, "label": None,
@@ -206,14 +209,15 @@ def load_data(name, data_dir, split="train", device="cpu"):
         kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
         folder = Path(data_dir, kind.__name__, "raw")
         trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
+        advice = f"put its four files (raw or .gz, from {kind.mirrors[0]}) into {folder}"
         if not trouble:
             samples, labels = read_mnist(folder, {"train": "train", "test": "t10k"}[split])
             name = "mnist" if name == "auto" else name
         elif name == "auto":
-            print(f"no MNIST: {trouble}; training on digits drawn from fonts (for MNIST, put its files into {folder})")
+            print(f"no MNIST: {trouble}; training on digits drawn from fonts. For MNIST, {advice}")
             name = "digits"
         else:
-            fail(f"--dataset {name}: {trouble}; put its four files (*-ubyte, raw or .gz) into {folder}")
+            fail(f"--dataset {name}: {trouble}; {advice}")
     if name == "digits":
         samples, labels = draw_digits(split)
     if name == "gaussians":
@@ -222,28 +226,33 @@ def load_data(name, data_dir, split="train", device="cpu"):
 
 
 def download(kind, data_dir):
-    """Fetch a torchvision data set into `data_dir`, wholly or not at all; return what went wrong, or None."""
-    addresses = [mirror + kind.resources[0][0] for mirror in kind.mirrors]
-    answers = []
+    """Fetch a torchvision data set into `data_dir`; return what went wrong, or None."""
+    answers = queue.SimpleQueue()
 
-    def probe():
-        for address in addresses:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3).close()
-                answers.append(address)
+    def probe(mirror):
+        try:
+            address = mirror + kind.resources[0][0]
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3).close()
+            answers.put(mirror)
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.put(None)
 
-    thread = threading.Thread(target=probe, daemon=True)  # a thread: looking up a name knows no time limit
-    thread.start()
-    thread.join(3)
-    if not answers:
-        return f"it is not in {data_dir / kind.__name__ / 'raw'} and no download server answered within 3 s"
+    for mirror in kind.mirrors:  # threads: looking up a name knows no time limit
+        threading.Thread(target=probe, args=(mirror,), daemon=True).start()
+    end, answered, raw = time.monotonic() + 3, None, Path(kind.__name__, "raw")
+    with contextlib.suppress(queue.Empty):
+        replies = (answers.get(timeout=max(0, end - time.monotonic())) for _ in kind.mirrors)
+        answered = next((mirror for mirror in replies if mirror), None)
+    if not answered:
+        return f"it is not in {data_dir / raw} and no download server answered within 3 s"
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-            kind(folder, download=True)
-            os.replace(Path(folder, kind.__name__), data_dir / kind.__name__)
+        (data_dir / raw).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir) as folder:  # checked there, so that no part of it stays
+            type(kind.__name__, (kind,), {"mirrors": [answered]})(folder, download=True)
+            for path in Path(folder, raw).glob("*-ubyte"):
+                os.replace(path, data_dir / raw / path.name)
     except (OSError, RuntimeError) as error:
-        return f"the download failed ({error})"
+        return f"the download failed ({' '.join(str(error).split())})"
 
 
 def read_mnist(folder, prefix):
@@ -369,14 +378,14 @@ def save_picture(samples, columns, path, paths=False):
 
 
 def save_curves(history, plots, path):
-    """One panel per plot (title, quantities, {label: equilibrium value}) over the epochs of `history`."""
+    """One panel per plot (title, quantities, {label: value to expect at last}) over the epochs of `history`."""
     figure = Figure(figsize=(5 * len(plots), 3.6), layout="constrained")
     for axes, (title, names, guides) in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots):
         for name in names:
             axes.plot([row["epoch"] for row in history], [row[name] for row in history], label=name,
                       marker="." if len(history) == 1 else None)
         for label, value in guides.items():
-            axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=f"equilibrium {label}")
+            axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
@@ -466,7 +475,7 @@ def sample_run(generator, draw_noise, args):
     checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
     try:
         generator.load_state_dict(checkpoint["generator"])
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError, TypeError, AttributeError):
         fail(f"--from: the generator in {args.run} does not fit its own options; the file is damaged")
     pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
     folder = Path(args.run).parent / "samples"
@@ -496,6 +505,10 @@ def prepare(args, classes=0):
     """
     torch.manual_seed(args.seed)
     args.device = pick_device(args.device)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output-dir {args.output_dir}: {error.strerror}")
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -524,12 +537,13 @@ class Run:
 
     def __init__(self, args, data, draw_noise, plots, **state):
         self.args, self.data, self.plots, self.state = args, data, plots, state
-        self.epoch = self.step = 0
+        self.epoch = self.step = 0  # how many are done
         self.history = []
         self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
         self.folder = self._new_folder()
         self.samples = self.folder / "samples"
         self.samples.mkdir()
+        self.pictures = []
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, matplotlib)}
         options = {**vars(args), "threads": torch.get_num_threads(),
                    "versions": {"python": platform.python_version(), **versions}}
@@ -546,7 +560,6 @@ class Run:
         name = f"{self.args.script}-{self.args.dataset}-"
         parent = Path(self.args.output_dir)
         try:
-            parent.mkdir(parents=True, exist_ok=True)
             taken = [path.name.removeprefix(name) for path in parent.glob(f"{name}*")]
             for number in itertools.count(1 + max((int(text) for text in taken if text.isdigit()), default=0)):
                 with contextlib.suppress(FileExistsError):  # another run took it in between
@@ -573,9 +586,9 @@ class Run:
     def epochs(self):
         """One endless stream of (real, labels) batches per epoch; log, pictures and checkpoints in between."""
         while self.epoch < self.args.epochs:
-            self.epoch += 1
             self.sums, start = {}, time.perf_counter()
             yield self.data.batches(self.args.batch_size)
+            self.epoch += 1
             row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
             self._log(row, time.perf_counter() - start)
             last = self.epoch == self.args.epochs
@@ -605,6 +618,7 @@ class Run:
         sys.stdout.flush()
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
+            self.bar.close()
             fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d "
                  f"(output so far in {self.folder})", code=1)
         self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
@@ -612,7 +626,8 @@ class Run:
             file.write(json.dumps(self.history[-1]) + "\n")
 
     def _picture(self):
-        self.pipeline.generate(*self.latents, self.samples / f"epoch_{self.epoch:04d}.png")
+        self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
+        self.pipeline.generate(*self.latents, self.pictures[-1])
 
     def save_checkpoint(self):
         """Write checkpoint.pt whole or not at all: options, position and all states."""
@@ -625,13 +640,15 @@ class Run:
         self.bar.close()
         if kind is KeyboardInterrupt:
             self.save_checkpoint()
-            print(f"interrupted in epoch {self.epoch}; the checkpoint is in {self.folder}")
+            if self.history:
+                save_curves(self.history, self.plots, self.folder / "curves.png")
+            print(f"interrupted after {self.epoch} epochs; checkpoint.pt and curves.png are in {self.folder}")
             raise SystemExit(130)
         if kind is None:
             self.pipeline.generate(*self.final_latents, self.samples / "final.png")
             self.pipeline.interpolate(self.samples / "interpolation.png")
             dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
             self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
-            save_film(sorted(self.samples.glob("epoch_*.png")), self.samples / "progress.gif")
+            save_film(self.pictures, self.samples / "progress.gif")
             print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
             print(f"more    python {self.args.script}.py --from {self.folder}")

@@ -1,10 +1,12 @@
 """Flags: their defaults, their checks, and what --from accepts beside it."""
 
 import json
+import os
 
 import pytest
+import torch
 
-from conftest import SCRIPTS, load_script
+from conftest import SCRIPTS, load_script, run_script
 
 TRAINED = ["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "16"]
 OWN_DEFAULTS = {"01_vanilla_gan": {"variant": "bce", "epochs": 50, "batch_size": 64, "lr_d": 2e-4, "beta1": 0.5},
@@ -59,8 +61,8 @@ def test_variants_bring_their_constants(options, script, flag, variant, expected
 
 
 @pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp"])
-def test_points_choose_their_own_row(options, script):
-    assert options(script, "--dataset", "gaussians")["variant"] == "points"
+def test_gaussians_choose_their_own_row(options, script):
+    assert options(script, "--dataset", "gaussians")["variant"] == "gaussians"
 
 
 @pytest.mark.parametrize("flag, values", {
@@ -68,7 +70,7 @@ def test_points_choose_their_own_row(options, script):
     "--lr-d": ["0", "nan"], "--beta1": ["1", "-0.1", "nan"], "--latent-dim": ["0"], "--seed": ["-1", "9223372036854775808"],
     "--sample-interval": ["0"], "--checkpoint-interval": ["0"], "--max-batches": ["0"], "--gp-weight": ["-1", "nan"],
     "--n-critic": ["0"], "--explore": ["-1"], "--generate": ["0"], "--device": ["gpu"], "--dataset": ["cifar"],
-    "--critic": ["points"]}.items())
+    "--critic": ["gaussians"]}.items())
 def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values):
     for value in values:
         with pytest.raises(SystemExit) as stop:
@@ -106,7 +108,9 @@ def test_output_dir_that_cannot_be_made(tmp_path, capsys, cached_digits):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         load_script("02_dcgan").main([*TRAINED, "--output-dir", str(tmp_path / "file")])
-    assert stop.value.code == 2 and "--output-dir" in one_line(capsys)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "--output-dir" in captured.err, "refused before any work"
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +149,34 @@ def test_from_refuses_other_files(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             load_script("03_wgan_gp").main(["--from", str(tmp_path)])
         assert stop.value.code == 2 and "is not a checkpoint of these scripts" in one_line(capsys)
+    good = torch.load(run / "checkpoint.pt")
+    for change, message in [({"options": {"script": "03_wgan_gp"}}, "is not a checkpoint of these scripts"),
+                            ({"generator": 3}, "does not fit its own options"),
+                            ({"generator": {}}, "does not fit its own options")]:
+        torch.save({**good, **change}, tmp_path / "checkpoint.pt")
+        with pytest.raises(SystemExit) as stop:
+            load_script("03_wgan_gp").main(["--from", str(tmp_path)])
+        assert stop.value.code == 2 and message in one_line(capsys)
+
+
+class Intruder:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_from_runs_no_code_of_the_checkpoint(run, tmp_path, capsys):
+    torch.save({**torch.load(run / "checkpoint.pt"), "epoch": Intruder(tmp_path / "written")}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        load_script("03_wgan_gp").main(["--from", str(tmp_path)])
+    assert stop.value.code == 2 and "is not a checkpoint of these scripts" in one_line(capsys)
+    assert not (tmp_path / "written").exists()
+
+
+def test_help_prints_in_any_encoding():
+    process = run_script("03_wgan_gp", "--help", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert process.returncode == 0 and "--gp-weight X" in process.stdout

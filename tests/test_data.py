@@ -108,6 +108,7 @@ def test_auto_says_that_it_trains_on_digits(tmp_path, capsys, cached_digits):
     assert common.load_data("auto", tmp_path).name == "digits"
     line, = capsys.readouterr().out.splitlines()
     assert "no download server answered within 3 s" in line and str(tmp_path / "MNIST" / "raw") in line
+    assert torchvision.datasets.MNIST.mirrors[0] in line, "how to get MNIST"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +154,8 @@ def server(monkeypatch, tmp_path):
 def test_download(server, tmp_path, capsys):
     data = common.load_data("auto", tmp_path / "data")
     assert data.name == "mnist" and len(data.samples) == 30
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"MNIST"}
+    assert {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*")} == {
+        "MNIST", "MNIST/raw", *(f"MNIST/raw/{name}" for name in FILES)}
     assert common.load_data("mnist", tmp_path / "data", "test").labels.shape == (20,)
 
 
@@ -161,8 +163,18 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path, capsys, cache
     with open(server / f"{LABELS}.gz", "ab") as file:
         file.write(b"noise")
     assert common.load_data("auto", tmp_path / "data").name == "digits"
-    assert "the download failed" in capsys.readouterr().out
-    assert list((tmp_path / "data").iterdir()) == []
+    line, = [line for line in capsys.readouterr().out.splitlines() if "the download failed" in line]
+    assert "raining on digits" in line
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+def test_a_silent_mirror_does_not_hide_another(server, tmp_path, monkeypatch):
+    """Nor does an existing, empty folder stand in the way of the download."""
+    (tmp_path / "data" / "MNIST" / "raw").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mirrors = [f"http://127.0.0.1:{silent.getsockname()[1]}/", *torchvision.datasets.MNIST.mirrors]
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", mirrors)
+        assert common.load_data("mnist", tmp_path / "data").name == "mnist"
 
 
 def test_digits_are_always_the_same(cached_digits):

@@ -1,5 +1,7 @@
 """Every network of the four scripts: the parameter counts of the text (as corrected), shapes, ranges."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from torch import nn
@@ -109,7 +111,6 @@ def test_cgan_uses_its_label(name):
 
 @pytest.mark.parametrize("script", ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"])
 def test_noise(script):
-    from argparse import Namespace
     module = load_script(script)
     for variant, row in module.CONSTANTS.items():
         args = Namespace(**row)

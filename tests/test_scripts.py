@@ -1,20 +1,19 @@
 """Each script as a user runs it: what it prints, what it writes, that a seed repeats, that sampling disturbs nothing."""
 
-import fcntl
 import json
 import math
 import os
-import pty
 import re
 import signal
 import struct
 import subprocess
 import sys
-import termios
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 import common
@@ -100,12 +99,39 @@ def test_pictures(finished):
     assert picture(folder / "curves.png").shape[0] > 200
 
 
+def test_grid_maps_minus_one_to_black_and_one_to_white(tmp_path):
+    """The same scale in every picture, whatever is in it: epochs can be compared."""
+    for values in ([-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [-3.0, 0.5, 3.0]):
+        common.save_picture(torch.tensor(values).view(3, 1, 1, 1).expand(3, 1, 28, 28), 3, tmp_path / "grid.png")
+        shown = picture(tmp_path / "grid.png")[30, [30, 90, 150], 0]
+        assert np.abs(shown - (np.clip(values, -1, 1) + 1) * 127.5).max() <= 1
+
+
+@pytest.mark.parametrize("script, flags, expected", [
+    ("01_vanilla_gan", "", [0.5, 0.5, math.log(2)]),
+    ("01_vanilla_gan", "--variant two-logit", [0.5, 0.5, 2 * math.log(2), math.log(2)]),
+    ("01_vanilla_gan", "--generator-loss saturating", [0.5, 0.5, math.log(2), -math.log(2)]),
+    ("02_dcgan", "", [0.5, math.log(2)]), ("03_wgan_gp", "", [1]), ("04_cgan", "", [1])])
+def test_curves_draw_the_equilibrium(train, monkeypatch, script, flags, expected):
+    drawn = []
+    axhline = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: (drawn.append(y), axhline(axes, y, **style)))
+    train(script, "--epochs", 1, "--max-batches", 1, *flags.split())
+    assert drawn == pytest.approx(expected)
+
+
 def test_checkpoint(finished):
-    script, _, folder, _ = finished
+    script, dataset, folder, _ = finished
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     names = {"01": "discriminator optimizer_d", "02": "discriminator optimizer_d"}.get(script[:2], "critic optimizer_c").split()
     assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", *names}
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
+    rate, betas = {"01_vanilla_gan": (2e-4, (0.5, 0.999)), "02_dcgan": (2e-4, (0.5, 0.999))}.get(script, (1e-4, (0.0, 0.9)))
+    for name in ("optimizer_g", names[1]):
+        group, = checkpoint[name]["param_groups"]
+        if dataset == "digits":
+            assert group["lr"] == rate
+        assert tuple(group["betas"]) == betas
 
 
 def test_from_draws_what_the_training_drew(finished):
@@ -149,20 +175,19 @@ def test_a_seed_repeats(train, script, tmp_path):
     assert [path.name[-4:] for path in sorted(tmp_path.iterdir())] == ["0001", "0002", "0003"]
 
 
-FLAGS = [("01_vanilla_gan", flag) for flag in [["--variant", "two-logit"], ["--variant", "keras"], ["--generator-loss", "saturating"]]]
-FLAGS += [("03_wgan_gp", flag) for flag in [["--batch-size", "8"], ["--lr-g", "0.01"], ["--lr-d", "0.01"], ["--beta1", "0.5"],
-                                            ["--latent-dim", "9"], ["--critic", "conv"], ["--gp-weight", "1"], ["--n-critic", "2"],
-                                            ["--max-batches", "2"]]]
+SHARED = ["--batch-size 8", "--lr-g 0.01", "--lr-d 0.01", "--beta1 0.7", "--latent-dim 9", "--max-batches 2"]
+OWN = {"01_vanilla_gan": ["--variant two-logit", "--variant keras", "--generator-loss saturating"], "02_dcgan": [],
+       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"], "04_cgan": ["--gp-weight 1", "--n-critic 2"]}
 
 
 baselines = {}
 
 
-@pytest.mark.parametrize("script, flag", FLAGS, ids=lambda value: "".join(value))
+@pytest.mark.parametrize("script, flag", [(script, flag) for script in SCRIPTS for flag in SHARED + OWN[script]])
 def test_every_flag_changes_the_training(train, script, flag):
     if script not in baselines:
         baselines[script] = train(script)
-    assert train(script, *flag) != baselines[script]
+    assert train(script, *flag.split()) != baselines[script]
 
 
 def test_intervals(train, tmp_path, monkeypatch):
@@ -177,7 +202,6 @@ def test_intervals(train, tmp_path, monkeypatch):
 
 def test_sampling_leaves_the_training_state_untouched(cached_digits):
     module = load_script("04_cgan")
-    from argparse import Namespace
     args = Namespace(**module.CONSTANTS["cgan"], classes=10, seed=0)
     generator = module.Generator()
     state, random = snapshot(generator.state_dict().items()), torch.get_rng_state()
@@ -205,7 +229,6 @@ class Recorder(torch.nn.Module):
 
 def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
     """Interpolation: (1 - t) z1 + t z2 in 10 steps. Exploration: base + (-3 ... 3) in one dimension only."""
-    from argparse import Namespace
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
     args = Namespace(latent_dim=6, classes=0, seed=3, noise="normal")
@@ -230,7 +253,6 @@ def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
 
 def test_conditional_grid_has_one_row_per_class(tmp_path, monkeypatch):
     """Cell (row, column) is class `row` under the z of its column; what is missing to a full grid stays black."""
-    from argparse import Namespace
 
     class Labelled(Recorder):
         def forward(self, z, labels):
@@ -252,6 +274,8 @@ def test_conditional_grid_has_one_row_per_class(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_keeps_a_checkpoint(tmp_path):
+    if os.name == "nt":
+        pytest.skip("Windows sends no SIGINT to one process")
     process = subprocess.Popen([sys.executable, "-u", "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "2", "--epochs", "100000",
                                 "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -260,8 +284,9 @@ def test_ctrl_c_keeps_a_checkpoint(tmp_path):
             break
     output, errors = process.communicate(timeout=60)
     folder = tmp_path / "03_wgan_gp-gaussians-0001"
-    assert process.returncode == 130 and "interrupted in epoch" in output and errors == ""
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] >= 3
+    assert process.returncode == 130 and "interrupted after" in output and errors == ""
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == len(read_log(folder)) >= 3
+    assert (folder / "curves.png").exists()
     assert not (folder / "checkpoint.tmp").exists()
 
 
@@ -271,12 +296,12 @@ def test_divergence_stops_the_run(tmp_path, capsys):
     assert stop.value.code == 1
     line, = capsys.readouterr().err.splitlines()
     assert "is no longer finite in epoch 1; try smaller --lr-g and --lr-d" in line
-    log = tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl"
-    assert not log.exists() or "NaN" not in log.read_text()
+    assert not (tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl").exists(), "NaN is no JSON"
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
     """On a terminal the bar shows rate and time left; in a pipe it stays silent (test_terminal: no stderr)."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))    # rows, columns
     process = subprocess.Popen([sys.executable, "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "40", "--epochs", "2",

@@ -1,12 +1,12 @@
-"""What each training step may touch: parameters, gradients, buffers; and which data it gets."""
+"""What each training step computes, what it may touch, and which data it gets."""
 
 import pytest
 import torch
 
 from conftest import load_script, snapshot, unchanged
 
-CASES = [("01_vanilla_gan", variant) for variant in ("bce", "two-logit", "keras", "points")] + [("02_dcgan", "dcgan")]
-CASES += [("03_wgan_gp", variant) for variant in ("mlp", "conv", "points")] + [("04_cgan", "cgan")]
+CASES = [("01_vanilla_gan", variant) for variant in ("bce", "two-logit", "keras", "gaussians")] + [("02_dcgan", "dcgan")]
+CASES += [("03_wgan_gp", variant) for variant in ("mlp", "conv", "gaussians")] + [("04_cgan", "cgan")]
 
 
 class Setting:
@@ -15,11 +15,14 @@ class Setting:
     def __init__(self, script, variant):
         torch.manual_seed(0)
         self.module = module = load_script(script)
-        networks = getattr(module, "NETWORKS", {}).get(variant) or (
-            module.Generator, getattr(module, "Critic", None) or module.Discriminator)
-        self.generator, self.critic = (network() for network in networks)
+        if hasattr(module, "NETWORKS"):
+            make_generator, make_critic = module.NETWORKS[variant]
+            self.generator, self.critic = make_generator(100, 0.2), make_critic(0.2)
+        else:
+            self.generator = module.Generator()
+            self.critic = module.Critic() if script == "04_cgan" else module.Discriminator()
         self.optimizer_g, self.optimizer_c = (torch.optim.Adam(net.parameters(), 1e-3) for net in (self.generator, self.critic))
-        self.real = torch.rand(6, *((2,) if variant == "points" else (1, 28, 28))) * 2 - 1
+        self.real = torch.rand(6, *((2,) if variant == "gaussians" else (1, 28, 28))) * 2 - 1
         self.z = torch.randn(6, 100)
         self.labels = (torch.arange(6),) if script == "04_cgan" else ()
         self.wasserstein = script in ("03_wgan_gp", "04_cgan")
@@ -66,7 +69,7 @@ def test_generator_step_trains_the_generator_alone(setting):
 
 
 def test_buffers_move_only_by_forward_passes(setting):
-    """BatchNorm's running statistics: the generator's follow its fakes in both steps, as in the text."""
+    """BatchNorm's running statistics follow every forward pass in training mode, and nothing else."""
     for step in (setting.critic_step, setting.generator_step):
         for network in (setting.generator, setting.critic):
             counters = {name: value.item() for name, value in network.named_buffers() if name.endswith("num_batches_tracked")}
@@ -76,19 +79,65 @@ def test_buffers_move_only_by_forward_passes(setting):
             assert all(dict(network.named_buffers())[name].item() == value + expected for name, value in counters.items())
 
 
-def test_critic_loss_is_the_text_s(setting):
-    """loss_C = -W + 10 penalty; D's loss from D's own probabilities at the first step."""
-    quantities = setting.critic_step()
+def expected_critic_loss(setting):
+    """Q of the text, written down anew, from the same random numbers as the step's."""
+    s, fake = setting, setting.generator(setting.z, *setting.labels).detach()
+    real_score, fake_score = s.critic(s.real, *s.labels), s.critic(fake, *s.labels)
+    if s.wasserstein:
+        torch.manual_seed(7)
+        epsilon = torch.rand(len(s.real), *[1] * (s.real.dim() - 1))
+        xhat = (epsilon * s.real + (1 - epsilon) * fake).requires_grad_()
+        slopes, = torch.autograd.grad(s.critic(xhat, *s.labels).sum(), xhat, create_graph=True)
+        penalty = ((slopes.flatten(1).square().sum(1).sqrt() - 1) ** 2).mean()
+        return fake_score.mean() - real_score.mean() + 10 * penalty
+    if real_score.size(1) == 2:                            # log-probabilities of "real" and of "fake"
+        return -(real_score.log_softmax(1)[:, 1].mean() + fake_score.log_softmax(1)[:, 0].mean())
+    return -(real_score.sigmoid().log().mean() + (1 - fake_score.sigmoid()).log().mean()) / 2
+
+
+def expected_generator_loss(setting, kind="non-saturating"):
+    """P of the text, written down anew."""
+    score = setting.critic(setting.generator(setting.z, *setting.labels), *setting.labels)
     if setting.wasserstein:
-        torch.testing.assert_close(quantities["loss_C"], -quantities["W"] + 10 * quantities["penalty"])
-    else:
-        assert 0 < quantities["D(x)"] < 1 and 0 < quantities["D(G(z))"] < 1
+        return -score.mean()
+    real = score.softmax(1)[:, 1] if score.size(1) == 2 else score.sigmoid()
+    return (1 - real).log().mean() if kind == "saturating" else -real.log().mean()
+
+
+def check_step(network, expected, step, name):
+    """The step returns the expected loss and leaves its gradient in the network."""
+    gradients = torch.autograd.grad(expected, list(network.parameters()), allow_unused=True)
+    torch.manual_seed(7)
+    torch.testing.assert_close(step()[name], expected)
+    for gradient, parameter in zip(gradients, network.parameters(), strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_critic_step_descends_the_text_s_cost(setting):
+    setting.generator.eval(), setting.critic.eval()        # without dropout and batch statistics both are functions
+    check_step(setting.critic, expected_critic_loss(setting), setting.critic_step,
+               "loss_C" if setting.wasserstein else "loss_D")
+
+
+def test_generator_step_descends_the_text_s_cost(setting):
+    setting.generator.eval(), setting.critic.eval()
+    kinds = [("non-saturating",), ("saturating",)] if hasattr(setting.module, "KerasGenerator") else [()]
+    for kind in kinds:
+        check_step(setting.generator, expected_generator_loss(setting, *kind),
+                   lambda kind=kind: setting.generator_step(*kind), "loss_G")
 
 
 def test_reported_wasserstein_estimate():
-    setting = Setting("03_wgan_gp", "points")
+    """W = mean C(x) - mean C(G(z)): positive when the critic prefers the real."""
+    setting = Setting("03_wgan_gp", "gaussians")
     expected = setting.critic(setting.real).mean() - setting.critic(setting.generator(setting.z)).mean()
     torch.testing.assert_close(setting.critic_step()["W"], expected)
+
+
+def test_conditions_cover_every_class():
+    labels = load_script("04_cgan").generate_condition(10_000, "cpu")
+    assert labels.dtype == torch.int64 and 900 < torch.bincount(labels, minlength=10).min() and labels.max() == 9
 
 
 def test_reported_accuracies():
