@@ -39,7 +39,7 @@ CONSTANTS = {
     "keras": dict(epochs=16, batch_size=32, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
     "gaussians": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
-                   latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
+                      latent_dim=100, noise="normal", slope=0.2, generator_loss="non-saturating"),
 }
 
 
@@ -161,6 +161,7 @@ def probability(output):
 # --------------------------------------------------------------------------------- training step
 # D first, then G: the order of the listings (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z):
+    """One step down Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what the epoch line reports."""
     with torch.no_grad():                                       # the text's .detach(): G is not trained here
         fake = generator(z)
     real_output, fake_output = discriminator(real), discriminator(fake)
@@ -175,6 +176,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z):
 
 
 def generator_step(generator, discriminator, optimizer, z, kind):
+    """One step down P of the given kind; z: [N, latent_dim]."""
     output = discriminator(generator(z))
     loss = generator_loss(output, kind)
     optimizer.zero_grad()

@@ -80,6 +80,7 @@ def generator_loss(fake_logits):
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z):
+    """One step down L_D; real: [N, 1, 28, 28], z: [N, latent_dim]. Returns what the epoch line reports."""
     with torch.no_grad():                                       # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
@@ -91,6 +92,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z):
 
 
 def generator_step(generator, discriminator, optimizer, z):
+    """One step down L_G; z: [N, latent_dim]."""
     loss = generator_loss(discriminator(generator(z)))
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))          # D passes the gradient on and stays as it is

@@ -7,7 +7,8 @@ Text: chapter 11, section 11.3; chapter 3, section 3.4 (example 5).
     g(x) = dC(x) / dx                                                 gradient of the critic at its input
     xhat = epsilon x + (1 - epsilon) G(z),  epsilon ~ U(0, 1)         a point between real and fake
 
-mean(C(x)) - mean(C(G(z))), logged as W, estimates the Wasserstein distance while ||g|| stays near 1.
+The text writes D for the critic C. mean(C(x)) - mean(C(G(z))), logged as W, estimates the Wasserstein
+distance while ||g|| stays near 1.
 
     python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
@@ -32,7 +33,7 @@ CONSTANTS = {
     "conv": dict(epochs=25, batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,          # erratum 4
                  latent_dim=100, noise="normal", slope=0.2, gp_weight=10.0, n_critic=5),
     "gaussians": dict(epochs=20, batch_size=256, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,
-                   latent_dim=100, noise="normal", slope=0.2, gp_weight=10.0, n_critic=5),
+                      latent_dim=100, noise="normal", slope=0.2, gp_weight=10.0, n_critic=5),
 }
 
 
@@ -135,6 +136,7 @@ def gradient_penalty(critic, real, fake):
 
 # --------------------------------------------------------------------------------- training step
 def critic_step(generator, critic, optimizer, real, z, gp_weight):
+    """One step down Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what the epoch line reports."""
     with torch.no_grad():                                       # G is not trained here
         fake = generator(z)
     wasserstein = critic(real).mean() - critic(fake).mean()
@@ -147,6 +149,7 @@ def critic_step(generator, critic, optimizer, real, z, gp_weight):
 
 
 def generator_step(generator, critic, optimizer, z):
+    """One step down P; z: [N, latent_dim]."""
     loss = -critic(generator(z)).mean()                         # P, erratum 14
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))          # the critic passes the gradient on and stays as it is

@@ -8,7 +8,8 @@ added to both networks and all steps (erratum 19).
     g(x, c) = dC(x, c) / dx                                                   gradient of the critic at its input
     xhat = epsilon x + (1 - epsilon) G(z, c),  epsilon ~ U(0, 1)              a point between real and fake
 
-mean(C(x, c)) - mean(C(G(z, c), c)), logged as W, estimates the Wasserstein distance while ||g|| stays near 1.
+The text writes D for the critic C. mean(C(x, c)) - mean(C(G(z, c), c)), logged as W, estimates the
+Wasserstein distance while ||g|| stays near 1.
 
     python 04_cgan.py                                   sample grids: one row per class, one column per z
     python 04_cgan.py --from runs/04_cgan-mnist-0001 --class 3
@@ -85,6 +86,7 @@ def gradient_penalty(critic, real, fake, labels):
 
 # --------------------------------------------------------------------------------- training step
 def critic_step(generator, critic, optimizer, real, labels, z, gp_weight):
+    """One step down Q; real: [N, 1, 28, 28], labels: [N], z: [N, latent_dim]. Returns what the epoch line reports."""
     with torch.no_grad():                                       # G is not trained here
         fake = generator(z, labels)                             # of the classes of the real batch
     wasserstein = critic(real, labels).mean() - critic(fake, labels).mean()
@@ -97,6 +99,7 @@ def critic_step(generator, critic, optimizer, real, labels, z, gp_weight):
 
 
 def generator_step(generator, critic, optimizer, z, labels):
+    """One step down P; z: [N, latent_dim], labels: [N]."""
     loss = -critic(generator(z, labels), labels).mean()         # P
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))          # the critic passes the gradient on and stays as it is

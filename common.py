@@ -112,12 +112,16 @@ class Parser(argparse.ArgumentParser):
         default = DEFAULTS.get(name, ", ".join(f"{row} {value}".strip() for row, value in values.items()))
         self.add_argument(flag, help=f"{help} (default: {default})" if default != "" else help, **settings)
 
+    def format_help(self):
+        """The help text, with "?" for the Japanese that the terminal's encoding cannot print."""
+        encoding = sys.stdout.encoding or "utf-8"
+        return super().format_help().encode(encoding, "replace").decode(encoding)
+
     def error(self, message):
         fail(message)
 
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
-        sys.stdout.reconfigure(errors="replace")  # --help holds Japanese, which not every encoding can print
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
