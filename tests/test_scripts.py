@@ -131,7 +131,7 @@ def test_checkpoint(finished):
         group, = checkpoint[name]["param_groups"]
         if dataset == "digits":
             assert group["lr"] == rate
-        assert tuple(group["betas"]) == betas
+            assert tuple(group["betas"]) == betas
 
 
 def test_from_draws_what_the_training_drew(finished):
