@@ -301,7 +301,7 @@ def read_idx(folder, name, dimensions):
 
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif",
          "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol",
-         "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
+         "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10"]
 
 
 def draw_glyphs():
@@ -592,8 +592,8 @@ class Run:
         while self.epoch < self.args.epochs:
             self.sums, start = {}, time.perf_counter()
             yield self.data.batches(self.args.batch_size)
-            self.epoch += 1
             row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
+            self.epoch += 1
             self._log(row, time.perf_counter() - start)
             last = self.epoch == self.args.epochs
             if last or self.epoch % self.args.sample_interval == 0:
@@ -616,18 +616,19 @@ class Run:
             self.sums[name] = total + value.detach(), count + 1
 
     def _log(self, row, seconds):
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if not bad:
+            self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
         width = len(str(self.args.epochs))
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
         tqdm.write(f"epoch {self.epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s")
         sys.stdout.flush()
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             self.bar.close()
             fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d "
                  f"(output so far in {self.folder})", code=1)
-        self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
 
     def _picture(self):
         self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
