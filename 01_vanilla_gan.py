@@ -16,8 +16,8 @@ At the equilibrium D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 per term. curve
 
 Differs from the text: chapter 3 trains on noise, here on images (erratum 5); the discriminator returns
 logits, not probabilities (erratum 6); each update draws its own noise (3.2 and 11.2 reuse one z). Document
-002 updates the discriminator twice per step, on the real and then on the fake batch, and generates fakes
-in inference mode; --variant keras takes its networks and constants but the step below.
+002 updates the discriminator twice per step, on the real and then on the fake batch, generates its fakes
+in inference mode and initialises as Keras does; --variant keras takes its networks and constants alone.
 """
 
 import math
@@ -29,7 +29,7 @@ from torch import nn
 import common
 
 # ------------------------------------------------------------------------------- hyperparameters
-# Chapter 3 gives no epochs (its 3 are 30 steps); 50 show good samples. The 16 of keras are the 30,000
+# Chapter 3's 3 epochs are 30 steps on noise; 50 show good samples. The 16 of keras are the 30,000
 # steps of 32 that document 002 calls epochs (erratum 12). gaussians: ours, for --dataset gaussians.
 CONSTANTS = {
     "bce": dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
@@ -170,7 +170,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z):
     loss.backward()
     optimizer.step()
     d_real, d_fake = probability(real_output), probability(fake_output)
-    # acc_G below looks at the same share of fakes from the other side: erratum 25.
+    # acc_G looks at fakes from the other side, after this update: erratum 25.
     accuracy = ((d_real > 0.5).float().mean() + (d_fake <= 0.5).float().mean()) / 2
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 

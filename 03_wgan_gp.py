@@ -14,9 +14,9 @@ distance while ||g|| stays near 1.
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
     python 03_wgan_gp.py --dataset gaussians            the eight Gaussians of example 3
 
-Differs from the text: every critic step draws a real batch of its own (erratum 10), and noise of its own
-in example 5 too; 3.4's critic has no BatchNorm (erratum 3), its betas are those of 11.3 (erratum 4), and
-it trains on images, not on noise (erratum 5).
+Differs from the text: every critic step draws a real batch of its own (erratum 10); example 5 reuses one z
+as well, here every step draws its own. 3.4's critic has no BatchNorm (erratum 3), its betas are those of
+11.3 (erratum 4), and it trains on images, not on noise (erratum 5).
 """
 
 import torch

@@ -11,6 +11,7 @@ A reader who follows the text can skip this file: no network, loss or training s
 
 import argparse
 import contextlib
+import functools
 import gzip
 import http.client
 import itertools
@@ -19,6 +20,8 @@ import math
 import os
 import platform
 import queue
+import shlex
+import socket
 import struct
 import sys
 import tempfile
@@ -81,14 +84,15 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
         self.constants = constants
         count = dict(type=number(int, at_least=1), metavar="N")
-        rate = dict(type=number(float, above=0), metavar="X")
+        size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
+        rate = dict(type=number(float, above=0, below=1000), metavar="X")
         datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("gaussians" in constants)
         self.option("--epochs", "rounds of (samples // batch size) generator steps", **count)
         self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
         self.option("--lr-g", "Adam's learning rate, generator", **rate)
         self.option("--lr-d", "Adam's learning rate, discriminator or critic", **rate)
         self.option("--beta1", "Adam's first beta", type=number(float, at_least=0, below=1), metavar="X")
-        self.option("--latent-dim", "numbers in one latent vector z", **count)
+        self.option("--latent-dim", "numbers in one latent vector z", **size)
         self.option("--seed", "seed of all random numbers", type=number(int, at_least=0, below=2**63), metavar="N")
         self.option("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         self.option("--dataset", "auto: MNIST if it is there or can be fetched, else digits", choices=datasets)
@@ -98,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
         self.option("--max-batches", "at most N generator steps per epoch, for a quick look", **count)
         self.option("--from", "draw from this trained run (folder or checkpoint)", dest="run", metavar="RUN")
-        self.option("--generate", "with --from: a picture of N samples (default: 64)", **count)
+        self.option("--generate", "with --from: a picture of N samples (default: 64)", **size)
         self.option("--interpolate", "with --from: paths between latent vectors", action="store_const", const=True)
         self.option("--explore", "with --from: move latent dimension DIM by -3 to 3",
                     type=number(int, at_least=0), metavar="DIM")
@@ -142,9 +146,11 @@ class Parser(argparse.ArgumentParser):
 
     def _options_of_run(self, given):
         path = Path(given.pop("run"))
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        if not path.is_file():
+        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
+        if not os.path.isfile(path):
             fail(f"--from: {path} does not exist")
+        if given.get("dataset") == "auto":
+            del given["dataset"]
         try:
             options = torch.load(path, map_location="cpu", weights_only=True)["options"]
             script, latent_dim = options["script"], options["latent_dim"]
@@ -251,12 +257,15 @@ def download(kind, data_dir):
         return f"it is not in {data_dir / raw} and no download server answered within 3 s"
     try:
         (data_dir / raw).mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would be waited for without end
         with tempfile.TemporaryDirectory(dir=data_dir) as folder:  # checked there, so that no part of it stays
             type(kind.__name__, (kind,), {"mirrors": [answered]})(folder, download=True)
             for path in Path(folder, raw).glob("*-ubyte"):
                 os.replace(path, data_dir / raw / path.name)
     except (OSError, RuntimeError) as error:
         return f"the download failed ({' '.join(str(error).split())})"
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def read_mnist(folder, prefix):
@@ -275,9 +284,9 @@ def read_mnist(folder, prefix):
 
 def read_idx(folder, name, dimensions):
     """One IDX file, raw or .gz, as a uint8 array; leaves with one line if it is damaged or another file."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if os.path.exists(p)), None)
     if path is None:
-        fail(f"{folder / name} is missing (raw or .gz), though other files of its data set are there")
+        fail(f"{folder / name} is missing or locked (raw or .gz), though other files of its data set are there")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
@@ -483,19 +492,24 @@ def sample_run(generator, draw_noise, args):
         fail(f"--from: the generator in {args.run} does not fit its own options; the file is damaged")
     pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
     folder = Path(args.run).parent / "samples"
-    folder.mkdir(exist_ok=True)
 
-    def target(name):
-        path = folder / f"{name}{'' if args.label is None else f'-class{args.label}'}-seed{args.seed}.png"
-        print(path)
-        return path
-
+    wishes = {}
     if args.generate:
-        pipeline.generate(*pipeline.latents(args.generate, args.label), target(f"generated-{args.generate}"))
+        wishes[f"generated-{args.generate}"] = functools.partial(
+            pipeline.generate, *pipeline.latents(args.generate, args.label))
     if args.interpolate:
-        pipeline.interpolate(target("interpolation"), args.label)
+        wishes["interpolation"] = functools.partial(pipeline.interpolate, label=args.label)
     if args.explore is not None:
-        pipeline.explore([args.explore] * pipeline.rows, target(f"latent_walk-dim{args.explore}"), args.label)
+        wishes[f"latent_walk-dim{args.explore}"] = functools.partial(
+            pipeline.explore, [args.explore] * pipeline.rows, label=args.label)
+    for name, draw in wishes.items():
+        path = folder / f"{name}{'' if args.label is None else f'-class{args.label}'}-seed{args.seed}.png"
+        try:
+            folder.mkdir(exist_ok=True)
+            draw(path=path)
+        except OSError as error:
+            fail(f"--from: {path} cannot be written ({error.strerror})")
+        print(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -513,6 +527,8 @@ def prepare(args, classes=0):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output-dir {args.output_dir}: {error.strerror}")
+    if not os.access(args.output_dir, os.W_OK | os.X_OK):
+        fail(f"--output-dir {args.output_dir}: no permission to write there")
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -563,15 +579,12 @@ class Run:
     def _new_folder(self):
         name = f"{self.args.script}-{self.args.dataset}-"
         parent = Path(self.args.output_dir)
-        try:
-            taken = [path.name.removeprefix(name) for path in parent.glob(f"{name}*")]
-            for number in itertools.count(1 + max((int(text) for text in taken if text.isdigit()), default=0)):
-                with contextlib.suppress(FileExistsError):  # another run took it in between
-                    folder = parent / f"{name}{number:04d}"
-                    folder.mkdir()
-                    return folder
-        except OSError as error:
-            fail(f"--output-dir {parent}: {error.strerror}")
+        taken = [path.name.removeprefix(name) for path in parent.glob(f"{name}*")]
+        for number in itertools.count(1 + max((int(text) for text in taken if text.isdigit()), default=0)):
+            with contextlib.suppress(FileExistsError):  # another run took it in between
+                folder = parent / f"{name}{number:04d}"
+                folder.mkdir()
+                return folder
 
     def _save_real(self, count):
         index = torch.arange(min(count, len(self.data.samples)))
@@ -656,4 +669,4 @@ class Run:
             self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
             save_film(self.pictures, self.samples / "progress.gif")
             print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
-            print(f"more    python {self.args.script}.py --from {self.folder}")
+            print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")

@@ -73,7 +73,7 @@ def test_probability():
 
 
 def test_erratum_6_probabilities_saturate():
-    """What the text's Sigmoid + BCELoss does to D's gradient at a fake of logit 20, where ours is 1."""
+    """What the text's Sigmoid + BCELoss does to D's gradient at a fake of logit 20; ours is 1, halved by the mean of two."""
     logit = torch.tensor([[20.0]], requires_grad=True)
     torch.nn.BCELoss()(logit.sigmoid(), torch.zeros(1, 1)).backward()
     assert logit.grad.item() == 0
