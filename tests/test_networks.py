@@ -82,6 +82,35 @@ def test_dropout_of_the_text(script, name, kind, rate, times):
     assert layers == [rate] * times
 
 
+L, B, R, LEAKY, DROP, CONV = "Linear", "BatchNorm1d", "ReLU", "LeakyReLU", "Dropout", "Conv2d"
+IMAGE_END, CONVOLUTIONS = [L, "Tanh", "Unflatten"], [CONV, LEAKY, "Dropout2d"]
+MLP_CRITIC = [*[L, LEAKY, DROP] * 3, L]
+DCGAN = [L, "Unflatten", "BatchNorm2d", *["Upsample", CONV, "BatchNorm2d", R] * 2, CONV, "Tanh"]
+ORDER = [
+    ("01_vanilla_gan", "Generator", [L, LEAKY, *[L, B, LEAKY] * 2, *IMAGE_END]),
+    ("01_vanilla_gan", "Discriminator", ["Flatten", *[L, LEAKY] * 2, L]),
+    ("01_vanilla_gan", "TwoLogitGenerator", [*[L, LEAKY, B] * 2, *IMAGE_END]),
+    ("01_vanilla_gan", "TwoLogitDiscriminator", ["Flatten", *MLP_CRITIC]),
+    ("01_vanilla_gan", "KerasGenerator", [*[L, LEAKY, B] * 3, *IMAGE_END]),
+    ("02_dcgan", "Generator", DCGAN),
+    ("02_dcgan", "Discriminator", [*CONVOLUTIONS, *[*CONVOLUTIONS, "BatchNorm2d"] * 3, "Flatten", L]),
+    ("03_wgan_gp", "Generator", [*[L, LEAKY, B] * 3, *IMAGE_END]),
+    ("03_wgan_gp", "Critic", ["Flatten", *MLP_CRITIC]),
+    ("03_wgan_gp", "ConvGenerator", DCGAN),
+    ("03_wgan_gp", "ConvCritic", [*CONVOLUTIONS * 4, "Flatten", L]),
+    ("04_cgan", "Generator", ["Embedding", *[L, LEAKY, B] * 3, *IMAGE_END]),
+    ("04_cgan", "Critic", ["Embedding", *MLP_CRITIC]),
+]
+
+
+@pytest.mark.parametrize("script, name, expected", ORDER)
+def test_layers_stand_in_the_order_of_the_text(script, name, expected):
+    layers = [layer for layer in getattr(load_script(script), name)().modules() if not list(layer.children())]
+    assert [type(layer).__name__ for layer in layers] == expected
+    assert {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} <= {"nearest"}
+    assert {(layer.kernel_size, layer.padding) for layer in layers if isinstance(layer, nn.Conv2d)} <= {((3, 3), (1, 1))}
+
+
 def test_keras_batch_norm_is_translated():
     """Keras' momentum 0.8 keeps 0.8 of the old mean; torch's momentum is what the new one gets."""
     network = load_script("01_vanilla_gan").KerasGenerator()

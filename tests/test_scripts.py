@@ -92,9 +92,13 @@ def test_pictures(finished):
         assert len(np.unique(image)) > 5, f"{name} shows nothing"
         if name in size and dataset != "gaussians":
             assert image.shape[1::-1] == size[name]
-    with Image.open(folder / "samples" / "progress.gif") as film:
-        assert film.n_frames == 3
     epochs = [picture(folder / "samples" / f"epoch_000{epoch}.png") for epoch in range(3)]
+    with Image.open(folder / "samples" / "progress.gif") as film:
+        assert film.n_frames == 3 and film.info["loop"] == 0
+        for frame, epoch in enumerate(epochs):
+            film.seek(frame)
+            differences = [np.abs(np.asarray(film.convert("RGB")).astype(int) - other).mean() for other in epochs]
+            assert np.argmin(differences) == frame, "the film runs forwards"
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
     assert picture(folder / "curves.png").shape[0] > 200
 
@@ -165,6 +169,44 @@ def train(tmp_path, cached_digits):
         rows = read_log(folder)
         return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
     return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_optimizer_gets_its_rate(train, script, tmp_path):
+    train(script, "--epochs", 1, "--max-batches", 1, "--lr-g", 0.003, "--lr-d", 0.007)
+    checkpoint = torch.load(max(tmp_path.iterdir()) / "checkpoint.pt", weights_only=True)
+    rates = {name: state["param_groups"][0]["lr"] for name, state in checkpoint.items() if name.startswith("optimizer")}
+    assert rates.pop("optimizer_g") == 0.003 and list(rates.values()) == [0.007]
+
+
+def test_means_steps_and_seconds_of_an_epoch(tmp_path, monkeypatch):
+    """Means by name; N // batch steps, or fewer with --max-batches; seconds without those of pictures and curves."""
+    clock = [0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def slowly(draw):
+        def call(*arguments, **settings):
+            clock[0] += 100
+            draw(*arguments, **settings)
+        return call
+
+    for name in ("save_picture", "save_curves"):
+        monkeypatch.setattr(common, name, slowly(getattr(common, name)))
+    data = common.Data("test", torch.zeros(10, 2), torch.zeros(10))
+    for limit, steps in [(None, 2), (5, 2), (1, 1)]:
+        args = Namespace(script="00_test", dataset="test", batch_size=4, max_batches=limit, output_dir=str(tmp_path), epochs=2,
+                         noise="normal", seed=0, classes=0, latent_dim=2, sample_interval=1, checkpoint_interval=1)
+        with common.Run(args, data, load_script("03_wgan_gp").generate_noise, [("once", ["once"], {})],
+                        generator=torch.nn.Linear(2, 2)) as run:
+            for batches in run.epochs():
+                for index, _ in enumerate(run.steps()):
+                    clock[0] += 1
+                    assert next(batches)[0].shape == (4, 2)
+                    for value in (1.0, 2.0, 6.0):
+                        run.record({"thrice": torch.tensor(value)})
+                    run.record({"once": torch.tensor(float(index))})
+        for epoch, row in enumerate(read_log(run.folder), start=1):
+            assert row == {"epoch": epoch, "step": epoch * steps, "seconds": steps, "thrice": 3, "once": (steps - 1) / 2}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -239,6 +281,9 @@ def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
     (lines, columns), (walk, _), (walks, _) = drawn
     assert columns == 10
     lines = lines.view(8, 10, 6)
+    ends = pipeline.noise(16)
+    torch.testing.assert_close(lines[:, 0], ends[:8])
+    torch.testing.assert_close(lines[:, -1], ends[8:])
     steps = lines.diff(dim=1)
     torch.testing.assert_close(steps, (lines[:, -1:] - lines[:, :1]).expand(-1, 9, -1) / 9)
     assert len(lines[:, 0].unique(dim=0)) == 8
@@ -251,13 +296,31 @@ def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
     torch.testing.assert_close(moved, torch.eye(6)[:, None] * offsets[None, :, None])
 
 
+class Labelled(Recorder):
+    """A conditional generator that paints its label, and the sign of its latent vector."""
+
+    def forward(self, z, labels):
+        return (labels / 10 + 0.05 * z[:, 0].sign()).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("label", [None, 3])
+def test_from_draws_the_class_that_was_asked_for(tmp_path, monkeypatch, label):
+    """--class K: that class in every cell of every picture; without it, row r is class r."""
+    drawn = []
+    monkeypatch.setattr(common, "save_picture", lambda samples, *rest, **more: drawn.append(samples))
+    torch.save({"generator": Labelled().state_dict()}, tmp_path / "checkpoint.pt")
+    args = Namespace(run=str(tmp_path / "checkpoint.pt"), device="cpu", generate=30, interpolate=True, explore=2, label=label,
+                     latent_dim=6, classes=10, seed=3)
+    common.sample_run(Labelled(), load_script("04_cgan").generate_noise, args)
+    assert len(drawn) == 3
+    for samples in drawn:
+        shown = (samples[:, 0, 0, 0] * 10).view(-1, 3 if len(samples) == 30 else 10)
+        expected = torch.arange(10)[:, None].expand_as(shown) if label is None else torch.full_like(shown, label)
+        torch.testing.assert_close(shown, expected.float(), atol=0.51, rtol=0)
+
+
 def test_conditional_grid_has_one_row_per_class(tmp_path, monkeypatch):
     """Cell (row, column) is class `row` under the z of its column; what is missing to a full grid stays black."""
-
-    class Labelled(Recorder):
-        def forward(self, z, labels):
-            return (labels / 10 + 0.05 * z[:, 0].sign()).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
-
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
     pipeline = common.Pipeline(Labelled(), load_script("04_cgan").generate_noise, Namespace(latent_dim=6, classes=10, seed=3))
@@ -292,7 +355,7 @@ def test_ctrl_c_keeps_a_checkpoint(tmp_path):
 
 def test_divergence_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        load_script("03_wgan_gp").main(["--dataset", "gaussians", "--lr-d", "1e30", "--max-batches", "3", "--output-dir", str(tmp_path)])
+        load_script("03_wgan_gp").main(["--dataset", "gaussians", "--gp-weight", "1e39", "--max-batches", "3", "--output-dir", str(tmp_path)])
     assert stop.value.code == 1
     line, = capsys.readouterr().err.splitlines()
     assert "is no longer finite in epoch 1; try smaller --lr-g and --lr-d" in line

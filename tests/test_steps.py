@@ -141,15 +141,15 @@ def test_conditions_cover_every_class():
 
 
 def test_reported_accuracies():
-    """D right on all real and no fakes: D-ACC 0.5, and G fools it every time."""
+    """A constant D is right on one half: D-ACC 0.5; it is fooled always or never, as it leans."""
     setting = Setting("01_vanilla_gan", "bce")
     torch.nn.init.zeros_(setting.critic[-1].weight)
-    torch.nn.init.constant_(setting.critic[-1].bias, 3.0)
-    quantities = setting.generator_step()
-    assert quantities["acc_G"] == 1
+    for bias, fooled in [(0.2, 1), (-0.2, 0)]:
+        torch.nn.init.constant_(setting.critic[-1].bias, bias)
+        assert setting.generator_step()["acc_G"] == fooled
     quantities = setting.critic_step()
     assert quantities["acc_D"] == 0.5
-    torch.testing.assert_close(quantities["D(x)"], torch.tensor(3.0).sigmoid())
+    torch.testing.assert_close(quantities["D(x)"], torch.tensor(-0.2).sigmoid())
 
 
 def test_saturating_gradient_is_smaller_when_fakes_are_found_out():
@@ -162,25 +162,28 @@ def test_saturating_gradient_is_smaller_when_fakes_are_found_out():
     assert 300 < gradients["non-saturating"] / gradients["saturating"] < 500     # (1 - D) / D = 403
 
 
-@pytest.mark.parametrize("script", ["03_wgan_gp", "04_cgan"])
-def test_every_critic_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path, cached_digits):
-    """Erratum 10: five critic steps per generator step, five real batches, five z."""
+@pytest.mark.parametrize("script", ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"])
+def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path, cached_digits):
+    """Erratum 10: five critic steps per generator step, five real batches, five z; and a new z for G in all scripts."""
     module = load_script(script)
-    calls, generator_noise = [], []
-    critic_step, generator_step = module.critic_step, module.generator_step
+    seen = {"real": [], "z": [], "critic labels": [], "generator labels": []}
 
-    def recording_critic_step(generator, critic, optimizer, real, *rest):
-        calls.append((real.clone(), rest[-2].clone()))
-        return critic_step(generator, critic, optimizer, real, *rest)
+    def recorded(step, *names):
+        def call(*arguments):
+            for name, value in zip(names, arguments[3:], strict=False):
+                seen[name].append(value.clone())
+            return step(*arguments)
+        return call
 
-    def recording_generator_step(generator, critic, optimizer, z, *rest):
-        generator_noise.append(z.clone())
-        return generator_step(generator, critic, optimizer, z, *rest)
-
-    monkeypatch.setattr(module, "critic_step", recording_critic_step)
-    monkeypatch.setattr(module, "generator_step", recording_generator_step)
+    conditional = script == "04_cgan"
+    name = "critic_step" if script in ("03_wgan_gp", "04_cgan") else "discriminator_step"
+    of_critic, of_generator = ["real", *["critic labels"] * conditional, "z"], ["z", *["generator labels"] * conditional]
+    monkeypatch.setattr(module, name, recorded(getattr(module, name), *of_critic))
+    monkeypatch.setattr(module, "generator_step", recorded(module.generator_step, *of_generator))
     module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "8",
                  "--output-dir", str(tmp_path)])
-    assert (len(calls), len(generator_noise)) == (10, 2)
-    for batches in ([real for real, _ in calls], [z for _, z in calls] + generator_noise):
-        assert all(not torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])
+    critic_steps = 10 if name == "critic_step" else 2
+    assert len(seen["real"]) == critic_steps and len(seen["z"]) == critic_steps + 2
+    for values in (seen["real"], seen["z"], seen["critic labels"] + seen["generator labels"]):
+        assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    assert len(seen["generator labels"]) == 2 * conditional
