@@ -329,7 +329,7 @@ def draw_glyphs():
     return blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
 
 
-def draw_digits(split, parts=2000):
+def draw_digits(split):
     """60,000 training or 10,000 test digits like MNIST's: uint8 [N, 1, 28, 28], labels [N]. Always the same.
 
     Each is a glyph under a random affine map, cut at a random level: a low level makes a bold stroke.
@@ -349,7 +349,7 @@ def draw_digits(split, parts=2000):
     level = uniform(0.25, 0.6).view(-1, 1, 1, 1)
     glyphs = draw_glyphs()
     images = torch.empty(count, 1, 28, 28, dtype=torch.uint8)
-    for part in torch.arange(count).split(parts):
+    for part in torch.arange(count).split(2000):
         grid = F.affine_grid(maps[part], (len(part), 1, 28, 28), align_corners=False)
         drawn = F.grid_sample(glyphs[labels[part], font[part]], grid, align_corners=False)
         images[part] = ((drawn - level[part]) * 2 + 0.5).clamp(0, 1).mul(255).round().byte()

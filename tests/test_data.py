@@ -179,7 +179,7 @@ def test_a_silent_mirror_does_not_hide_another(server, tmp_path, monkeypatch):
 
 def test_digits_are_always_the_same(cached_digits):
     images, labels = common.draw_digits("train")
-    again, labels_again = common.draw_digits.__wrapped__("train", 777)
+    again, labels_again = common.draw_digits.__wrapped__("train")
     assert torch.equal(images, again) and torch.equal(labels, labels_again)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
     assert torch.bincount(labels).tolist() == [6000] * 10
