@@ -6,9 +6,12 @@ Text: chapter 3, section 3.3 (example 4).
     L_D = -(mean(log D(x)) + mean(log(1 - D(G(z))))) / 2              binary cross-entropy of 3.2
     L_G = -mean(log D(G(z)))                                          non-saturating
 
-    python 02_dcgan.py
+    python 02_dcgan.py                                                the networks of the example, 28x28
+    python 02_dcgan.py --image-size 64                                the ladder of the figure, 4x4 to 64x64
+    python 02_dcgan.py --image-size 64 --channels 3 --dataset folder --data-dir DIR         your own images
 
-The networks are those of the example, which follows only some of the guidelines above it (erratum 21).
+The example follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them but for
+their dense ends (the figure has the generator's) and, as in the DCGAN paper, no BatchNorm at D's input.
 Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions leave
 (erratum 2) and returns logits (erratum 6). The example stops before the training; the step is that of 3.2.
 """
@@ -25,15 +28,15 @@ import common
 # Rates, betas and batch are those of 3.2 and of the text's table of recommended values; the epochs are ours.
 CONSTANTS = {
     "dcgan": dict(epochs=20, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
-                  latent_dim=100, slope=0.2),
+                  latent_dim=100, slope=0.2, image_size=28, channels=1),
 }
 
 
 # -------------------------------------------------------------------------------------- networks
 class Generator(nn.Sequential):
-    """Example 4: z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]; 856,065 parameters (erratum 1)."""
+    """Example 4: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065 parameters (erratum 1)."""
 
-    def __init__(self, latent_dim=100):
+    def __init__(self, latent_dim=100, channels=1):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
             nn.BatchNorm2d(128),
@@ -41,23 +44,66 @@ class Generator(nn.Sequential):
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Upsample(scale_factor=2),                                            # [N, 128, 28, 28]
             nn.Conv2d(128, 64, 3, stride=1, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Conv2d(64, 1, 3, stride=1, padding=1), nn.Tanh())
+            nn.Conv2d(64, channels, 3, stride=1, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
-    """Example 4: images [N, 1, 28, 28] -> logits [N, 1]; 98,113 parameters (erratum 1)."""
+    """Example 4: images [N, channels, 28, 28] -> logits [N, 1]; 98,113 parameters (erratum 1)."""
 
-    def __init__(self, slope=0.2):
+    def __init__(self, slope=0.2, channels=1):
         def block(inputs, outputs, norm=True):
             layers = [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(slope), nn.Dropout2d(0.25)]
             return layers + [nn.BatchNorm2d(outputs)] * norm
 
         super().__init__(
-            *block(1, 16, norm=False),                                              # [N, 16, 14, 14]
+            *block(channels, 16, norm=False),                                              # [N, 16, 14, 14]
             *block(16, 32),                                                         # [N, 32, 7, 7]
             *block(32, 64),                                                         # [N, 64, 4, 4]
             *block(64, 128),                                                        # [N, 128, 2, 2]
             nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                                # erratum 2, erratum 6
+
+
+def initialise(network):
+    """Weights from N(0, 0.02^2) (arXiv 1511.06434, section 4), BatchNorm's from N(1, 0.02^2) (its authors' code)."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+            nn.init.zeros_(layer.bias)
+
+
+class LadderGenerator(nn.Sequential):
+    """The figure of 3.3: z [N, latent_dim] -> images [N, channels, 64, 64] in [-1, 1]; 12.7 million parameters."""
+
+    def __init__(self, latent_dim=100, channels=1):
+        def block(inputs, outputs):
+            return (nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+        super().__init__(
+            nn.Linear(latent_dim, 1024 * 4 * 4), nn.Unflatten(1, (1024, 4, 4)), nn.BatchNorm2d(1024), nn.ReLU(),
+            *block(1024, 512),                                                      # [N, 512, 8, 8]
+            *block(512, 256),                                                       # [N, 256, 16, 16]
+            *block(256, 128),                                                       # [N, 128, 32, 32]
+            nn.ConvTranspose2d(128, channels, 4, stride=2, padding=1), nn.Tanh())   # [N, channels, 64, 64]
+        initialise(self)
+
+
+class LadderDiscriminator(nn.Sequential):
+    """Its mirror: images [N, channels, 64, 64] -> logits [N, 1]; 11 million parameters."""
+
+    def __init__(self, slope=0.2, channels=1):
+        def block(inputs, outputs):
+            return (nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU(slope))
+
+        super().__init__(
+            nn.Conv2d(channels, 128, 4, stride=2, padding=1), nn.LeakyReLU(slope),  # [N, 128, 32, 32]
+            *block(128, 256),                                                       # [N, 256, 16, 16]
+            *block(256, 512),                                                       # [N, 512, 8, 8]
+            *block(512, 1024),                                                      # [N, 1024, 4, 4]
+            nn.Flatten(), nn.Linear(1024 * 4 * 4, 1))                               # logits: erratum 6
+        initialise(self)
+
+
+NETWORKS = {28: (Generator, Discriminator), 64: (LadderGenerator, LadderDiscriminator)}
 
 
 def generate_noise(count, args, device, generator=None):
@@ -80,7 +126,7 @@ def generator_loss(fake_logits):
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z):
-    """One step down L_D; real: [N, 1, 28, 28], z: [N, latent_dim]. Returns what the epoch line reports."""
+    """One step down L_D; real: [N, channels, H, W], z: [N, latent_dim]. Returns what the epoch line reports."""
     with torch.no_grad():                                       # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
@@ -102,13 +148,14 @@ def generator_step(generator, discriminator, optimizer, z):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    args = common.Parser(__file__, __doc__, CONSTANTS).options(argv)
+    args = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=tuple(NETWORKS)).options(argv)
+    make_generator, make_discriminator = NETWORKS[args.image_size]
     if args.run:
-        return common.sample_run(Generator(args.latent_dim), generate_noise, args)
+        return common.sample_run(make_generator(args.latent_dim, args.channels), generate_noise, args)
 
     data = common.prepare(args)
-    generator = Generator(args.latent_dim).to(args.device)
-    discriminator = Discriminator(args.slope).to(args.device)
+    generator = make_generator(args.latent_dim, args.channels).to(args.device)
+    discriminator = make_discriminator(args.slope, args.channels).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 

@@ -38,8 +38,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import save_image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs")
-SAMPLING = {"seed", "device", "generate", "interpolate", "explore", "label"}  # allowed beside --from
+WISHES = {"generate", "interpolate", "explore", "styles"}  # what --from can draw
+SAMPLING = WISHES | {"seed", "device", "label"}  # allowed beside --from
 
 
 def fail(message, code=2):
@@ -56,15 +58,15 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf):
+def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf, at_most=math.inf):
     """An argparse type: an int or a finite float within the given bounds."""
-    limits = {"of at least": at_least, "above": above, "below": below}
+    limits = {"of at least": at_least, "above": above, "below": below, "at most": at_most}
     expected = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
 
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if at_least <= value and above < value < below:
+            if at_least <= value <= at_most and above < value < below:
                 return value
         name = {int: "whole number", float: "number"}[kind]
         raise argparse.ArgumentTypeError(f"expected a {name} {expected}, got {text!r}")
@@ -76,17 +78,22 @@ class Parser(argparse.ArgumentParser):
 
     `constants` is the script's table: a row of option values per variant. The option "variant" picks
     the row, by default the first; --dataset gaussians has a row of its own. Every flag that is not
-    given takes the value of its row, so the table is the only place of defaults.
+    given takes the value of its row, so the table is the only place of defaults. `given` is then
+    the set of the flags that were given.
+
+    image_sizes: what --image-size offers in a script whose networks come in several sizes; such a
+    script also has --channels and takes images of your own, --dataset folder.
     """
 
-    def __init__(self, script, description, constants):
+    def __init__(self, script, description, constants, image_sizes=()):
         super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
         self.constants = constants
         count = dict(type=number(int, at_least=1), metavar="N")
         size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
         rate = dict(type=number(float, above=0, below=1000), metavar="X")
-        datasets = ["auto", "mnist", "fashion-mnist", "digits"] + ["gaussians"] * ("gaussians" in constants)
+        datasets = ["auto", "mnist", "fashion-mnist", "digits"]
+        datasets += ["gaussians"] * ("gaussians" in constants) + ["folder"] * bool(image_sizes)
         self.option("--epochs", "rounds of (samples // batch size) generator steps", **count)
         self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
         self.option("--lr-g", "Adam's learning rate, generator", **rate)
@@ -96,7 +103,12 @@ class Parser(argparse.ArgumentParser):
         self.option("--seed", "seed of all random numbers", type=number(int, at_least=0, below=2**63), metavar="N")
         self.option("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         self.option("--dataset", "auto: MNIST if it is there or can be fetched, else digits", choices=datasets)
-        self.option("--data-dir", "folder that holds, or receives, MNIST/raw", metavar="DIR")
+        self.option("--data-dir", "folder that holds, or receives, MNIST/raw" +
+                    "; with --dataset folder your images, or a subfolder of them per class" * bool(image_sizes),
+                    metavar="DIR")
+        if image_sizes:
+            self.option("--image-size", "height and width in pixels", type=int, choices=image_sizes)
+            self.option("--channels", "1: grey, 3: colour", type=int, choices=(1, 3))
         self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
         self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
         self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
@@ -127,9 +139,10 @@ class Parser(argparse.ArgumentParser):
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
+        self.given = set(given)
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
-        for name in SAMPLING - {"seed", "device"}:
+        for name in sorted(SAMPLING - {"seed", "device"}):
             if name in given:
                 fail(f"{self._flag(name)} draws from a trained generator: name its run with --from RUN")
         planar = given.get("dataset") == "gaussians"
@@ -158,16 +171,16 @@ class Parser(argparse.ArgumentParser):
             fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
         if script != Path(self.prog).stem:
             fail(f"--from: {path} was trained by {script}.py; give it to that script")
+        options = {**self.constants.get(options.get("variant"), {}), **options}  # a run may be older than a flag
         for name, value in given.items():
             if name not in SAMPLING and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
                      "--from trains nothing")
         if given.get("explore", 0) >= latent_dim:
             fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {latent_dim - 1}")
-        if not {"generate", "interpolate", "explore"} & given.keys():
+        if not WISHES & given.keys():
             given["generate"] = 64
-        return {**options, "generate": None, "interpolate": None, "explore": None, "label": None,
-                "device": "auto", **given, "run": str(path)}
+        return {**options, **dict.fromkeys(WISHES), "label": None, "device": "auto", **given, "run": str(path)}
 
     def _flag(self, name):
         return next(action.option_strings[0] for action in self._actions if action.dest == name)
@@ -190,7 +203,7 @@ def pick_device(wanted):
 class Data(NamedTuple):
     """Labelled samples on the training device.
 
-    samples: uint8 [N, 1, 28, 28] for images, float32 [N, 2] for points; labels: int64 [N].
+    samples: uint8 [N, C, H, W] for images, float32 [N, 2] for points; labels: int64 [N].
     """
     name: str
     samples: torch.Tensor
@@ -209,11 +222,12 @@ class Data(NamedTuple):
                 yield self.scaled(index), self.labels[index]
 
 
-def load_data(name, data_dir, split="train", device="cpu"):
+def load_data(name, data_dir, split="train", device="cpu", image_size=28, channels=1):
     """The data set `name` (see --dataset), its "train" or "test" split, as Data on `device`.
 
-    Leaves with exit code 2 when a data set named explicitly is neither there nor to be had, and
-    when a file of it is damaged. Only "auto" may end up with other data, and says so.
+    Leaves with exit code 2 when a data set named explicitly is neither there nor to be had, when a
+    file of it is damaged, and when it does not fit into memory. Only "auto" may end up with other
+    data, and says so.
     """
     if name in ("auto", "mnist", "fashion-mnist"):
         kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
@@ -232,6 +246,10 @@ def load_data(name, data_dir, split="train", device="cpu"):
         samples, labels = draw_digits(split)
     if name == "gaussians":
         samples, labels = draw_gaussians(split)
+    elif name == "folder":
+        samples, labels = read_folder(Path(data_dir), image_size, channels, device)
+    elif (image_size, channels) != (28, 1):
+        samples = enlarge(samples, image_size, channels, device)
     return Data(name, samples.to(device), labels.to(device))
 
 
@@ -368,18 +386,84 @@ def draw_gaussians(split):
     return (centres[labels] + 0.1 * torch.randn(count, 2, generator=rng)) / 2, labels
 
 
+def enlarge(images, image_size, channels, device):
+    """uint8 [N, 1, 28, 28] -> [N, channels, image_size, image_size]: a black margin up to 32, then bilinear."""
+    check_memory(len(images), image_size, channels, device)
+    large = torch.empty(len(images), channels, image_size, image_size, dtype=torch.uint8)
+    for part in torch.arange(len(images)).split(1000):
+        padded = F.pad(images[part], (2, 2, 2, 2) if image_size != 28 else (0, 0, 0, 0)).float()
+        large[part] = F.interpolate(padded, image_size, mode="bilinear").round().byte()
+    return large
+
+
+def read_folder(folder, image_size, channels, device):
+    """All images below `folder`: uint8 [N, channels, image_size, image_size] and labels [N], one per subfolder.
+
+    The largest centred square of each is scaled to the size. What cannot be read is named and left out.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in {folder}; name your folder with --data-dir")
+    check_memory(len(paths), image_size, channels, device)
+    images, kept, unreadable = np.empty((len(paths), channels, image_size, image_size), np.uint8), [], []
+    for path in tqdm(paths, desc="reading", unit="image", disable=None, leave=False, dynamic_ncols=True):
+        try:
+            with Image.open(path) as image:
+                images[len(kept)] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
+                kept.append(path.parent)
+        except Exception:  # noqa: BLE001  whatever Pillow raises on a damaged file
+            unreadable.append(str(path.relative_to(folder)))
+    if unreadable:
+        print(f"data    {len(unreadable)} unreadable files left out: {', '.join(unreadable)}")
+    if not kept:
+        fail(f"--dataset folder: none of the {len(paths)} images in {folder} can be read")
+    number_of = {parent: number for number, parent in enumerate(sorted(set(kept)))}
+    return torch.from_numpy(images[:len(kept)]), torch.tensor([number_of[parent] for parent in kept])
+
+
+def square_pixels(image, image_size, channels):
+    """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white."""
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert({1: "L", 3: "RGB"}[channels])
+    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+
+def check_memory(count, image_size, channels, device):
+    """Leaves with exit code 2 if so many images do not fit into the memory that is free on this machine."""
+    need, free = count * channels * image_size**2, free_memory()
+    if device == "cuda":
+        free = min(free, torch.cuda.mem_get_info()[0])
+    if need > free:
+        fail(f"{count} images of {image_size}x{image_size} with {channels} channels take {need / 2**30:.1f} GiB "
+             f"of memory, {free / 2**30:.1f} GiB are free; choose a smaller --image-size or fewer images")
+
+
+def free_memory():
+    """Bytes of main memory free for new data, infinite where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
 # ---------------------------------------------------------------------------------------------
 # 3  Pictures
 # ---------------------------------------------------------------------------------------------
 
 def save_picture(samples, columns, path, paths=False):
-    """Write a PNG: images [N, 1, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
+    """Write a PNG: images [N, C, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
 
     With `paths`, each `columns` successive points are one path through the plane.
     """
     if samples.dim() == 4:
-        return save_image(F.interpolate(samples, scale_factor=2), path, nrow=columns, padding=4,
-                          normalize=True, value_range=(-1, 1))
+        enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
+        return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
     if paths:
@@ -387,6 +471,20 @@ def save_picture(samples, columns, path, paths=False):
             axes.plot(*path_points.T.numpy(), ".-")
     else:
         axes.scatter(*samples.T.numpy(), s=3, alpha=0.5)
+    figure.savefig(path, dpi=100)
+
+
+def save_panels(panels, path):
+    """Image grids side by side with a title each; panels: {title: (images [N, C, H, W] in [-1, 1], columns)}."""
+    grids = {title: make_grid(images, columns, normalize=True, value_range=(-1, 1), pad_value=1)
+             for title, (images, columns) in panels.items()}
+    height, width = max(g.size(1) for g in grids.values()), sum(g.size(2) for g in grids.values())
+    figure = Figure(figsize=(width / 50 + 0.2 * len(grids), height / 50 + 0.5), layout="constrained")
+    ratios = [g.size(2) for g in grids.values()]
+    for axes, (title, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), width_ratios=ratios)), grids.items()):
+        axes.imshow(grid.permute(1, 2, 0).numpy())
+        axes.set_title(title)
+        axes.axis("off")
     figure.savefig(path, dpi=100)
 
 
@@ -425,15 +523,17 @@ class Pipeline:
     generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
     draw_noise(count, args, device, generator): the script's latent distribution.
     Each picture's latents are drawn by a generator of its own: the same --seed gives the same
-    picture, and the random numbers of a training are left alone.
+    picture, and the random numbers of a training are left alone. They are not those that a
+    training with this seed begins with, either: its weights would be made of the same numbers.
     """
 
     ROWS, STEPS = 8, 10  # rows of an interpolation or a walk, pictures in a row
+    OTHER = 0x5EED5EED  # turns a seed into another one
 
     def __init__(self, generator, draw_noise, args):
         self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
         self.rows = args.classes or self.ROWS
-        self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed))
+        self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed ^ self.OTHER))
 
     def __call__(self, z, labels):
         """Samples on the CPU, in eval mode, without gradients; the generator's mode is restored."""
@@ -442,7 +542,7 @@ class Pipeline:
         self.generator.eval()
         with torch.no_grad():
             parts = [self.generator(*(part.to(self.device) for part in group)).cpu()
-                     for group in zip(*(full.split(1000) for full in inputs))]
+                     for group in zip(*(full.split(250) for full in inputs))]
         self.generator.train(was_training)
         return torch.cat(parts)
 
@@ -483,11 +583,14 @@ class Pipeline:
         save_picture(samples, self.STEPS, path, paths=True)
 
 
-def sample_run(generator, draw_noise, args):
-    """--from: load the run's generator and write the pictures that were asked for into its samples/."""
+def sample_run(generator, draw_noise, args, styles=None):
+    """--from: load the run's generator and write the pictures that were asked for into its samples/.
+
+    styles: what --styles draws, {name: function of the pipeline and a path}.
+    """
     checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
     try:
-        generator.load_state_dict(checkpoint["generator"])
+        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
     except (KeyError, RuntimeError, TypeError, AttributeError):
         fail(f"--from: the generator in {args.run} does not fit its own options; the file is damaged")
     pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
@@ -502,6 +605,8 @@ def sample_run(generator, draw_noise, args):
     if args.explore is not None:
         wishes[f"latent_walk-dim{args.explore}"] = functools.partial(
             pipeline.explore, [args.explore] * pipeline.rows, label=args.label)
+    if args.styles:
+        wishes |= {name: functools.partial(draw, pipeline) for name, draw in styles.items()}
     for name, draw in wishes.items():
         path = folder / f"{name}{'' if args.label is None else f'-class{args.label}'}-seed{args.seed}.png"
         try:
@@ -532,7 +637,8 @@ def prepare(args, classes=0):
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    data = load_data(args.dataset, args.data_dir, device=args.device)
+    size = {name: getattr(args, name) for name in ("image_size", "channels") if name in args}
+    data = load_data(args.dataset, args.data_dir, device=args.device, **size)
     args.dataset, args.classes = data.name, classes
     if len(data.samples) < args.batch_size:
         fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
@@ -545,7 +651,9 @@ class Run:
     """One training: its folder, epoch lines, log, pictures and checkpoints.
 
     plots: the panels of curves.png, as save_curves takes them.
-    state: every module and optimizer of the training by name, `generator` among them.
+    styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
+    state: every module and optimizer of the training by name, `generator` among them; samples are
+        drawn from `average`, its moving average, where there is one.
 
         with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
             for batches in run.epochs():        # an endless stream of real batches per epoch
@@ -555,8 +663,8 @@ class Run:
     Ctrl-C keeps a checkpoint (exit code 130); a quantity that is no longer finite ends the run (1).
     """
 
-    def __init__(self, args, data, draw_noise, plots, **state):
-        self.args, self.data, self.plots, self.state = args, data, plots, state
+    def __init__(self, args, data, draw_noise, plots, styles=None, **state):
+        self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
         self.epoch = self.step = 0  # how many are done
         self.history = []
         self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
@@ -570,7 +678,7 @@ class Run:
         (self.folder / "options.json").write_text(json.dumps(options, indent=2) + "\n")
         print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
 
-        self.pipeline = Pipeline(state["generator"], draw_noise, args)
+        self.pipeline = Pipeline(state.get("average", state["generator"]), draw_noise, args)
         points = data.samples.dim() == 2
         self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
         self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
@@ -587,7 +695,7 @@ class Run:
                 return folder
 
     def _save_real(self, count):
-        index = torch.arange(min(count, len(self.data.samples)))
+        index = torch.arange(count) * len(self.data.samples) // count  # evenly: folders come class by class
         if self.args.classes:
             index = torch.cat([(self.data.labels == label).nonzero()[:count // self.args.classes, 0].cpu()
                                for label in range(self.args.classes)])
@@ -603,7 +711,7 @@ class Run:
     def epochs(self):
         """One endless stream of (real, labels) batches per epoch; log, pictures and checkpoints in between."""
         while self.epoch < self.args.epochs:
-            self.sums, start = {}, time.perf_counter()
+            self.sums, self.notes, start = {}, {}, time.perf_counter()
             yield self.data.batches(self.args.batch_size)
             row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
             self.epoch += 1
@@ -628,10 +736,15 @@ class Run:
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = total + value.detach(), count + 1
 
+    def note(self, name, content):
+        """Add what JSON can hold to this epoch's line of log.jsonl; the epoch line does not show it."""
+        self.notes[name] = content
+
     def _log(self, row, seconds):
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if not bad:
-            self.history.append({"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3), **row})
+            position = {"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3)}
+            self.history.append({**position, **row, **self.notes})
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
         width = len(str(self.args.epochs))
@@ -667,6 +780,8 @@ class Run:
             self.pipeline.interpolate(self.samples / "interpolation.png")
             dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
             self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
+            for name, draw in self.styles.items():
+                draw(self.pipeline, path=self.samples / f"{name}.png")
             save_film(self.pictures, self.samples / "progress.gif")
             print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
             print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")

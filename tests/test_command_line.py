@@ -23,7 +23,11 @@ TEXT = {  # the text's constants; (ours) where it has none
     ("03_wgan_gp", "conv"): dict(batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
                                  noise="normal", slope=0.2, gp_weight=10, n_critic=5),                # batch: ours
     ("04_cgan", "cgan"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                              slope=0.3, gp_weight=10, n_critic=5)}
+                              slope=0.3, gp_weight=10, n_critic=5),
+    ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100, slope=0.2,
+                                             spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
+                                             ttur="off", n_critic=1),
+    ("06_stylegan_blocks", "stylegan"): dict(latent_dim=512, slope=0.2)}
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_auto_takes_the_best_device(monkeypatch, usable, expected):
     assert common.pick_device("auto") == expected
 
 
-@pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp"])
+@pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing"])
 def test_gaussians_choose_their_own_row(options, script):
     assert options(script, "--dataset", "gaussians")["variant"] == "gaussians"
 
@@ -97,6 +101,13 @@ def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values
     ("01_vanilla_gan", ["--dataset", "gaussians", "--variant", "keras"], "--variant keras is for images"),
     ("01_vanilla_gan", ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ("01_vanilla_gan", ["--generate", "9"], "--generate draws from a trained generator"),
+    ("03_wgan_gp", ["--dataset", "folder"], "argument --dataset: invalid choice"),
+    ("02_dcgan", ["--image-size", "32"], "argument --image-size: invalid choice"),
+    ("06_stylegan_blocks", ["--image-size", "28"], "argument --image-size: invalid choice"),
+    ("06_stylegan_blocks", ["--channels", "2"], "argument --channels: invalid choice"),
+    ("06_stylegan_blocks", ["--width", "31"], "argument --width: expected a whole number of at least 32"),
+    ("06_stylegan_blocks", ["--style-mixing-prob", "1.1"], "expected a number of at least 0 and at most 1, got '1.1'"),
+    ("06_stylegan_blocks", ["--styles"], "--styles draws from a trained generator"),
     ("01_vanilla_gan", ["--interpolate"], "--interpolate draws from a trained generator"),
     ("01_vanilla_gan", ["--explore", "3"], "--explore draws from a trained generator"),
     ("04_cgan", ["--class", "3"], "--class draws from a trained generator"),

@@ -1,10 +1,12 @@
 """The documents keep up with the code: marks and rows of the errata, commands and flags of the README."""
 
+import operator
 import re
 import shlex
 
 import pytest
 
+import common
 from conftest import ROOT, SCRIPTS, load_script
 
 SOURCES = [ROOT / "common.py", *(ROOT / f"{script}.py" for script in SCRIPTS)]
@@ -23,10 +25,15 @@ def test_errata_and_marks_match():
     assert marked == {(number, name) for number, names in rows.items() for name in names}
 
 
-def readme_commands():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    return [command.strip() for block in blocks for line in block.splitlines()
-            for command in line.partition("#")[0].split("&&") if command.strip()]
+def commands():
+    """Every command of the README and of the exercises: in blocks, and as inline code."""
+    found = []
+    for document in ("README.md", "docs/exercises.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+            found += [command.strip() for line in block.splitlines() for command in line.partition("#")[0].split("&&")]
+        found += re.findall(r"`(python 0[^`]+)`", text)
+    return sorted({command for command in found if command.startswith("python 0")})
 
 
 def test_readme_has_the_two_commands():
@@ -36,8 +43,8 @@ def test_readme_has_the_two_commands():
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", [command for command in readme_commands() if command.startswith("python 0")])
-def test_readme_commands_are_understood(command, monkeypatch, capsys):
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_understood(command, monkeypatch, capsys):
     """Every command gets as far as the work; of those that need a run, every flag is in --help."""
     class Reached(Exception):
         pass
@@ -54,10 +61,38 @@ def test_readme_commands_are_understood(command, monkeypatch, capsys):
         assert re.search(rf"^  {flag}\b", text, re.MULTILINE), f"{script} has no {flag}"
 
 
-def test_readme_links_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
-    assert links and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("document", ["README.md", "docs/exercises.md"])
+def test_links_exist(document):
+    path = ROOT / document
+    links = re.findall(r"\]\((?!http)([^)]+)\)", path.read_text(encoding="utf-8"))
+    assert links and all((path.parent / link).exists() for link in links)
+
+
+def help_of(script, capsys):
+    with pytest.raises(SystemExit):
+        load_script(script).main(["--help"])
+    return capsys.readouterr().out
+
+
+def test_coverage_is_complete_and_names_what_exists(capsys):
+    """86 items, each with an answer; a file, function, class or flag that it gives exists."""
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 87))
+    checked = 0
+    for number, row in rows:
+        answer = row.split(" | ")[-1]
+        assert "`" in answer or "named only" in answer or answer == "open", number
+        for file, names in re.findall(r"`([\w/]+\.(?:py|md))`(?:: ((?:`[^`]+`(?:, )?)+))?", answer):
+            assert (ROOT / file).exists(), file
+            module = common if file == "common.py" else load_script(file.removesuffix(".py")) if file.endswith(".py") else None
+            for name in re.findall(r"`([^`]+)`", names):
+                if name.startswith("--"):
+                    assert re.search(rf"^  {name}\b", help_of(file.removesuffix(".py"), capsys), re.MULTILINE), (number, name)
+                else:
+                    assert operator.attrgetter(name)(module) is not None
+                checked += 1
+        assert len(re.findall("`", answer)) % 2 == 0
+    assert checked > 100
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -67,4 +102,5 @@ def test_scripts_stand_alone(script):
     imports = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
     assert imports <= {"math", "torch", "common"}
     sections = re.findall(r"^# -+ ([a-z ]+)$", source, re.MULTILINE)
-    assert sections == ["hyperparameters", "networks", "losses", "training step", "main"]
+    expected = ["hyperparameters", "networks", "losses", "training step", "main"]
+    assert sections == (expected[:4] + ["style pictures", "main"] if script == "06_stylegan_blocks" else expected)

@@ -1,4 +1,4 @@
-"""Every network of the four scripts: the parameter counts of the text (as corrected), shapes, ranges."""
+"""Every network of 01 to 05 (06 has tests of its own): the parameter counts of the text (as corrected), shapes, ranges."""
 
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import load_script, snapshot, unchanged
+from conftest import SCRIPTS, load_script, snapshot, unchanged
 
 IMAGE, POINT = (1, 28, 28), (2,)
 GENERATORS = [  # script, class, trainable parameters, shape of a sample
@@ -19,6 +19,9 @@ GENERATORS = [  # script, class, trainable parameters, shape of a sample
     ("03_wgan_gp", "ConvGenerator", 856_065, IMAGE),
     ("03_wgan_gp", "PointsGenerator", 46_210, POINT),
     ("04_cgan", "Generator", 156_688, IMAGE),
+    ("05_sn_label_smoothing", "Generator", 856_065, IMAGE),
+    ("05_sn_label_smoothing", "PointsGenerator", 46_210, POINT),
+    ("02_dcgan", "LadderGenerator", 12_671_617, (1, 64, 64)),
 ]
 CRITICS = [  # script, class, trainable parameters, shape of a sample, outputs
     ("01_vanilla_gan", "Discriminator", 533_505, IMAGE, 1),
@@ -29,6 +32,9 @@ CRITICS = [  # script, class, trainable parameters, shape of a sample, outputs
     ("03_wgan_gp", "ConvCritic", 97_665, IMAGE, 1),
     ("03_wgan_gp", "PointsCritic", 33_537, POINT, 1),
     ("04_cgan", "Critic", 142_465, IMAGE, 1),
+    ("05_sn_label_smoothing", "Discriminator", 2_755_009, IMAGE, 1),
+    ("05_sn_label_smoothing", "PointsDiscriminator", 33_537, POINT, 1),
+    ("02_dcgan", "LadderDiscriminator", 11_033_985, (1, 64, 64), 1),
 ]
 
 
@@ -46,7 +52,7 @@ def test_generator(script, name, parameters, shape):
     assert count(network) == parameters
     samples = network(50 * torch.randn(7, 100), *labels(script, 7))
     assert samples.shape == (7, *shape)
-    if shape == IMAGE:
+    if shape != POINT:
         assert samples.abs().max() <= 1
     else:
         assert samples.abs().max() > 1, "points beyond 1 must be reachable"
@@ -56,7 +62,7 @@ def test_generator(script, name, parameters, shape):
 def test_discriminator(script, name, parameters, shape, outputs):
     network = getattr(load_script(script), name)()
     assert count(network) == parameters
-    nn.init.constant_(list(network.modules())[-1].bias, 5.0)
+    nn.init.constant_([layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1].bias, 5.0)
     scores = network(torch.randn(7, *shape), *labels(script, 7))
     assert scores.shape == (7, outputs)
     assert scores.max() > 2, "logits and scores are unbounded"
@@ -67,7 +73,7 @@ def test_discriminator(script, name, parameters, shape, outputs):
     ("01_vanilla_gan", "TwoLogitGenerator", 0.3), ("01_vanilla_gan", "TwoLogitDiscriminator", 0.3),
     ("01_vanilla_gan", "KerasGenerator", 0.2), ("02_dcgan", "Discriminator", 0.2),
     ("03_wgan_gp", "Generator", 0.3), ("03_wgan_gp", "Critic", 0.3), ("03_wgan_gp", "ConvCritic", 0.2),
-    ("04_cgan", "Generator", 0.3), ("04_cgan", "Critic", 0.3)])
+    ("04_cgan", "Generator", 0.3), ("04_cgan", "Critic", 0.3), ("05_sn_label_smoothing", "Discriminator", 0.2)])
 def test_slope_of_the_text(script, name, slope):
     layers = [layer for layer in getattr(load_script(script), name)().modules() if isinstance(layer, nn.LeakyReLU)]
     assert layers and {layer.negative_slope for layer in layers} == {slope}
@@ -100,6 +106,9 @@ ORDER = [
     ("03_wgan_gp", "ConvCritic", [*CONVOLUTIONS * 4, "Flatten", L]),
     ("04_cgan", "Generator", ["Embedding", *[L, LEAKY, B] * 3, *IMAGE_END]),
     ("04_cgan", "Critic", ["Embedding", *MLP_CRITIC]),
+    ("05_sn_label_smoothing", "Generator", DCGAN),
+    ("02_dcgan", "LadderGenerator", [L, "Unflatten", "BatchNorm2d", R, *["ConvTranspose2d", "BatchNorm2d", R] * 3, "ConvTranspose2d", "Tanh"]),
+    ("02_dcgan", "LadderDiscriminator", [CONV, LEAKY, *[CONV, "BatchNorm2d", LEAKY] * 3, "Flatten", L]),
 ]
 
 
@@ -108,7 +117,9 @@ def test_layers_stand_in_the_order_of_the_text(script, name, expected):
     layers = [layer for layer in getattr(load_script(script), name)().modules() if not list(layer.children())]
     assert [type(layer).__name__ for layer in layers] == expected
     assert {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} <= {"nearest"}
-    assert {(layer.kernel_size, layer.padding) for layer in layers if isinstance(layer, nn.Conv2d)} <= {((3, 3), (1, 1))}
+    kernel = (4, 4) if name.startswith("Ladder") else (3, 3)
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
+    assert {(layer.kernel_size, layer.padding) for layer in convolutions} <= {(kernel, (1, 1))}
 
 
 def test_keras_batch_norm_is_translated():
@@ -138,25 +149,75 @@ def test_cgan_uses_its_label(name):
     assert len(outputs.unique(dim=0)) == 10
 
 
-@pytest.mark.parametrize("script", ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_noise(script):
     module = load_script(script)
     for variant, row in module.CONSTANTS.items():
         args = Namespace(**row)
         z = module.generate_noise(20_000, args, "cpu", torch.Generator().manual_seed(0))
-        assert z.shape == (20_000, 100)
+        assert z.shape == (20_000, row["latent_dim"])
         uniform = (script, variant) in {("01_vanilla_gan", "two-logit"), ("03_wgan_gp", "mlp"), ("04_cgan", "cgan")}
         assert (z.abs().max() <= 1) == uniform
         assert abs(z.mean()) < 0.01 and abs(z.std() - (3**-0.5 if uniform else 1)) < 0.01
 
 
-def test_points_networks_are_the_same_in_01_and_03():
+def seeded(make, *arguments, **settings):
+    torch.manual_seed(0)
+    return snapshot(make(*arguments, **settings).state_dict().items())
+
+
+def plain(layer):
+    return layer
+
+
+def test_points_networks_are_the_same_in_01_03_and_05():
     """Collapse and cure are only comparable on equal networks."""
-    first, third = load_script("01_vanilla_gan"), load_script("03_wgan_gp")
-    for ours, theirs in [("PointsGenerator", "PointsGenerator"), ("PointsDiscriminator", "PointsCritic")]:
-        assert str(getattr(first, ours)()).split("\n")[1:] == str(getattr(third, theirs)()).split("\n")[1:]
-    generators = []
-    for module in (load_script("02_dcgan").Generator, third.ConvGenerator):
-        torch.manual_seed(0)
-        generators.append(snapshot(module().state_dict().items()))
-    assert unchanged(*generators), "3.4 trains the generator of 3.3"
+    first, third, fifth = (load_script(name) for name in ("01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing"))
+    for other in (third, fifth):
+        assert unchanged(seeded(first.PointsGenerator), seeded(other.PointsGenerator))
+    discriminator = first.PointsDiscriminator
+    assert unchanged(seeded(discriminator), seeded(third.PointsCritic))
+    assert unchanged(seeded(discriminator), seeded(fifth.PointsDiscriminator, normalise=plain))
+    for ours, theirs in [(discriminator(), third.PointsCritic()), (discriminator(), fifth.PointsDiscriminator(normalise=plain))]:
+        assert str(ours).split("\n")[1:] == str(theirs).split("\n")[1:]
+
+
+def test_03_and_05_train_the_generator_of_02():
+    """3.4 trains the generator of 3.3."""
+    expected = seeded(load_script("02_dcgan").Generator)
+    assert unchanged(expected, seeded(load_script("03_wgan_gp").ConvGenerator))
+    assert unchanged(expected, seeded(load_script("05_sn_label_smoothing").Generator))
+
+
+@pytest.mark.parametrize("generator, discriminator, size", [("Generator", "Discriminator", 28),
+                                                            ("LadderGenerator", "LadderDiscriminator", 64)])
+def test_dcgan_in_colour(generator, discriminator, size):
+    module = load_script("02_dcgan")
+    samples = getattr(module, generator)(9, channels=3)(torch.randn(2, 9))
+    assert samples.shape == (2, 3, size, size)
+    assert getattr(module, discriminator)(channels=3)(samples).shape == (2, 1)
+
+
+def test_ladder_starts_as_the_paper_says():
+    """arXiv 1511.06434, section 4: weights N(0, 0.02^2); torch's own start of these layers is much wider or narrower."""
+    module = load_script("02_dcgan")
+    for network in (module.LadderGenerator(), module.LadderDiscriminator()):
+        for layer in network:
+            if hasattr(layer, "weight"):
+                norm = isinstance(layer, nn.BatchNorm2d)
+                assert layer.weight.detach().mean() == pytest.approx(1 if norm else 0, abs=0.005)
+                assert layer.weight.detach().std() == pytest.approx(0.02, rel=0.2)
+                assert not layer.bias.any()
+
+
+def test_ladder_follows_the_figure():
+    """3.3: 4x4x1024, 8x8x512, 16x16x256, 32x32x128, 64x64; the discriminator walks it back."""
+    module = load_script("02_dcgan")
+    shapes = []
+    for network, x in ((module.LadderGenerator(), torch.randn(2, 100)), (module.LadderDiscriminator(), torch.randn(2, 1, 64, 64))):
+        for layer in network:
+            x = layer(x)
+            if isinstance(layer, nn.Unflatten | nn.Conv2d | nn.ConvTranspose2d):
+                shapes.append(tuple(x.shape[1:]))
+    ladder = [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32)]
+    assert shapes == [*ladder, (1, 64, 64), *reversed(ladder)]

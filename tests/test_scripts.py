@@ -23,9 +23,12 @@ QUICK = ["--dataset", "digits", "--epochs", "2", "--max-batches", "3", "--batch-
 QUANTITIES = {"01_vanilla_gan": ["D(x)", "D(G(z))", "acc_D", "loss_D", "acc_G", "loss_G"],
               "02_dcgan": ["D(x)", "D(G(z))", "loss_D", "loss_G"],
               "03_wgan_gp": ["W", "penalty", "grad_norm", "loss_C", "loss_G"],
-              "04_cgan": ["W", "penalty", "grad_norm", "loss_C", "loss_G"]}
+              "04_cgan": ["W", "penalty", "grad_norm", "loss_C", "loss_G"],
+              "05_sn_label_smoothing": ["D(x)", "D(G(z))", "loss_D", "loss_G", "sigma"],
+              "06_stylegan_blocks": ["D(x)", "D(G(z))", "penalty", "loss_D", "loss_G", "level"]}
+THIN = {"06_stylegan_blocks": ["--width", "32", "--latent-dim", "8"]}  # for speed
 RUNS = [(script, "digits", []) for script in SCRIPTS] + [(script, "gaussians", ["--dataset", "gaussians"])
-                                                         for script in ("01_vanilla_gan", "03_wgan_gp")]
+                                                         for script in ("01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing")]
 """(script, data set, flags) of the runs that every output is checked on."""
 
 
@@ -33,7 +36,7 @@ RUNS = [(script, "digits", []) for script in SCRIPTS] + [(script, "gaussians", [
 def finished(request, tmp_path_factory):
     script, dataset, flags = request.param
     parent = tmp_path_factory.mktemp("runs")
-    process = run_script(script, *QUICK, *flags, "--output-dir", parent)
+    process = run_script(script, *QUICK, *THIN.get(script, []), *flags, "--output-dir", parent)
     assert process.returncode == 0, process.stderr
     return script, dataset, parent / f"{script}-{dataset}-0001", process
 
@@ -52,14 +55,17 @@ def test_terminal(finished):
     lines = process.stdout.splitlines()
     assert re.match(rf"{script}, [\w-]+, seed 0$", lines[0])
     assert re.match(rf"device  cpu, \d+ threads, torch {re.escape(torch.__version__)}$", lines[1])
-    assert lines[2].startswith(f"data    {dataset}, 60000 samples of {'[2]' if dataset == 'gaussians' else '[1, 28, 28]'}, batch 16")
+    shape = [2] if dataset == "gaussians" else [1, 32, 32] if script == "06_stylegan_blocks" else [1, 28, 28]
+    assert lines[2] == f"data    {dataset}, 60000 samples of {shape}, batch 16"
     assert lines[3] == f"output  {folder}: 2 epochs of 3 generator steps"
     epochs = [line for line in lines if line.startswith("epoch")]
     assert [line[:9] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
     assert len({len(line) for line in epochs}) == 1, "the columns are aligned"
     assert re.findall(r"(\S+) +-?\d+\.\d{4}", epochs[0]) == QUANTITIES[script] and epochs[0].endswith(" s")
-    assert lines[-2] == f"done    look at {folder / 'samples' / 'final.png'} and {folder / 'curves.png'}"
-    assert lines[-1] == f"more    python {script}.py --from {folder}"
+    done = next(index for index, line in enumerate(lines) if line.startswith("done"))
+    assert lines[done] == f"done    look at {folder / 'samples' / 'final.png'} and {folder / 'curves.png'}"
+    assert lines[done + 1] == f"more    python {script}.py --from {folder}"
+    assert len(lines[done + 2:]) == (0 if script != "05_sn_label_smoothing" else 6 if dataset == "digits" else 5)   # its table
     assert process.stderr == ""
 
 
@@ -68,8 +74,8 @@ def test_log_and_options(finished):
     log = read_log(folder)
     assert [row["epoch"] for row in log] == [1, 2] and [row["step"] for row in log] == [3, 6]
     for row, line in zip(log, [line for line in process.stdout.splitlines() if line.startswith("epoch")]):
-        assert list(row) == ["epoch", "step", "seconds", *QUANTITIES[script]]
-        assert all(math.isfinite(value) for value in row.values()) and row["seconds"] > 0
+        assert list(row) == ["epoch", "step", "seconds", *QUANTITIES[script], *["layers"] * (script == "05_sn_label_smoothing")]
+        assert all(math.isfinite(row[name]) for name in QUANTITIES[script]) and row["seconds"] > 0
         for name in QUANTITIES[script]:
             assert f"{name} {row[name]:9.4f}" in line
     options = json.loads((folder / "options.json").read_text())
@@ -81,10 +87,12 @@ def test_pictures(finished):
     script, dataset, folder, _ = finished
     names = {path.name for path in (folder / "samples").iterdir()}
     assert names == {"real.png", "epoch_0000.png", "epoch_0001.png", "epoch_0002.png", "progress.gif", "final.png",
-                     "interpolation.png", "latent_walk.png"}
+                     "interpolation.png", "latent_walk.png",
+                     *["style_mixing.png", "truncation.png", "noise.png"] * (script == "06_stylegan_blocks")}
     assert {path.name for path in folder.iterdir()} == {"options.json", "log.jsonl", "checkpoint.pt", "curves.png", "samples"}
     classes = 10 if script == "04_cgan" else 0
-    cell = lambda count: count * 60 + 4  # 28 doubled, 4 of padding
+    pixels = 32 if script == "06_stylegan_blocks" else 28
+    cell = lambda count: count * (2 * pixels + 4) + 4  # shown doubled, 4 of padding
     size = {"real.png": (cell(8), cell(classes or 8)), "final.png": (cell(16), cell(classes or 16)),
             "interpolation.png": (cell(10), cell(classes or 8)), "latent_walk.png": (cell(10), cell(classes or 8))}
     for name in names:
@@ -115,7 +123,11 @@ def test_grid_maps_minus_one_to_black_and_one_to_white(tmp_path):
     ("01_vanilla_gan", "", [0.5, 0.5, math.log(2)]),
     ("01_vanilla_gan", "--variant two-logit", [0.5, 0.5, 2 * math.log(2), math.log(2)]),
     ("01_vanilla_gan", "--generator-loss saturating", [0.5, 0.5, math.log(2), -math.log(2)]),
-    ("02_dcgan", "", [0.5, math.log(2)]), ("03_wgan_gp", "", [1]), ("04_cgan", "", [1])])
+    ("02_dcgan", "", [0.5, math.log(2)]), ("03_wgan_gp", "", [1]), ("04_cgan", "", [1]),
+    ("05_sn_label_smoothing", "", [0.5, math.log(2), math.log(2), 1]),
+    ("05_sn_label_smoothing", "--label-smoothing two-sided", [0.5, math.log(2), math.log(2), 1]),
+    ("05_sn_label_smoothing", "--label-smoothing one-sided", [0.45, 0.6881388, 0.7985077, 1]),
+    ("06_stylegan_blocks", "", [0.5, 2 * math.log(2), math.log(2)])])
 def test_curves_draw_the_equilibrium(train, monkeypatch, script, flags, expected):
     drawn = []
     axhline = Axes.axhline
@@ -127,13 +139,14 @@ def test_curves_draw_the_equilibrium(train, monkeypatch, script, flags, expected
 def test_checkpoint(finished):
     script, dataset, folder, _ = finished
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    names = {"01": "discriminator optimizer_d", "02": "discriminator optimizer_d"}.get(script[:2], "critic optimizer_c").split()
-    assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", *names}
+    names = ["critic", "optimizer_c"] if script in ("03_wgan_gp", "04_cgan") else ["discriminator", "optimizer_d"]
+    average = ["average"] * (script == "06_stylegan_blocks")
+    assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", *names, *average}
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
-    rate, betas = {"01_vanilla_gan": (2e-4, (0.5, 0.999)), "02_dcgan": (2e-4, (0.5, 0.999))}.get(script, (1e-4, (0.0, 0.9)))
+    rate, betas = (1e-4, (0.0, 0.9)) if script in ("03_wgan_gp", "04_cgan") else (2e-4, (0.5, 0.999))
     for name in ("optimizer_g", names[1]):
-        group, = checkpoint[name]["param_groups"]
-        if dataset == "digits":
+        if dataset == "digits" and script != "06_stylegan_blocks":                 # 06: test_stylegan.py
+            group, = checkpoint[name]["param_groups"]
             assert group["lr"] == rate
             assert tuple(group["betas"]) == betas
 
@@ -161,10 +174,12 @@ def test_from_draws_what_the_training_drew(finished):
 
 
 @pytest.fixture
-def train(tmp_path, cached_digits):
-    """Run a script on digits in this process; returns its log without `seconds`."""
+def train(tmp_path, cached_digits, monkeypatch):
+    """Run a script on digits in this process, without 06's style pictures; returns its log without `seconds`."""
+    monkeypatch.setattr(load_script("06_stylegan_blocks"), "STYLES", {})
+
     def call(script, *arguments):
-        load_script(script).main([*QUICK, *map(str, arguments), "--output-dir", str(tmp_path)])
+        load_script(script).main([*QUICK, *THIN.get(script, []), *map(str, arguments), "--output-dir", str(tmp_path)])
         folder = max(tmp_path.iterdir())                   # the highest number
         rows = read_log(folder)
         return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
@@ -219,7 +234,9 @@ def test_a_seed_repeats(train, script, tmp_path):
 
 SHARED = ["--batch-size 8", "--lr-g 0.01", "--lr-d 0.01", "--beta1 0.7", "--latent-dim 9", "--max-batches 2"]
 OWN = {"01_vanilla_gan": ["--variant two-logit", "--variant keras", "--generator-loss saturating"], "02_dcgan": [],
-       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"], "04_cgan": ["--gp-weight 1", "--n-critic 2"]}
+       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"], "04_cgan": ["--gp-weight 1", "--n-critic 2"],
+       "05_sn_label_smoothing": [],     # test_training_techniques.py
+       "06_stylegan_blocks": ["--width 48", "--progressive off", "--style-mixing-prob 0", "--r1-weight 9"]}
 
 
 baselines = {}
@@ -256,6 +273,20 @@ def test_sampling_leaves_the_training_state_untouched(cached_digits):
     with torch.no_grad():
         expected = generator(*common.Pipeline(generator, module.generate_noise, args).latents(30))
     torch.testing.assert_close(samples, expected)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_latents_are_not_made_of_the_numbers_of_the_weights(script):
+    """A z that equals a row of the first layer is no sample of the prior: 06 drew broken digits from such z."""
+    module = load_script(script)
+    args = Namespace(**next(iter(module.CONSTANTS.values())), classes=0, seed=0)
+    torch.manual_seed(0)
+    generator = module.Generator(args.latent_dim)
+    z = common.Pipeline(generator, module.generate_noise, args).noise(600)
+    first = next(layer for layer in generator.modules() if isinstance(layer, torch.nn.Linear))
+    weight = first.weight.detach()[:, -args.latent_dim:]
+    likeness = torch.nn.functional.normalize(z) @ torch.nn.functional.normalize(weight).T
+    assert likeness.abs().max() < 6 / args.latent_dim**0.5
 
 
 class Recorder(torch.nn.Module):
@@ -309,7 +340,7 @@ def test_from_draws_the_class_that_was_asked_for(tmp_path, monkeypatch, label):
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, *rest, **more: drawn.append(samples))
     torch.save({"generator": Labelled().state_dict()}, tmp_path / "checkpoint.pt")
-    args = Namespace(run=str(tmp_path / "checkpoint.pt"), device="cpu", generate=30, interpolate=True, explore=2, label=label,
+    args = Namespace(run=str(tmp_path / "checkpoint.pt"), device="cpu", generate=30, interpolate=True, explore=2, label=label, styles=None,
                      latent_dim=6, classes=10, seed=3)
     common.sample_run(Labelled(), load_script("04_cgan").generate_noise, args)
     assert len(drawn) == 3
@@ -360,6 +391,16 @@ def test_divergence_stops_the_run(tmp_path, capsys):
     line, = capsys.readouterr().err.splitlines()
     assert "is no longer finite in epoch 1; try smaller --lr-g and --lr-d" in line
     assert not (tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl").exists(), "NaN is no JSON"
+
+
+@pytest.mark.parametrize("normalisation", ["on", "off"])
+def test_divergence_reaches_the_table_of_singular_values(tmp_path, capsys, monkeypatch, normalisation):
+    """The table of 05 must not break on NaN before the run says what happened."""
+    module = load_script("05_sn_label_smoothing")
+    monkeypatch.setattr(module, "discriminator_loss", lambda real, fake, smoothing: real.mean() * math.nan)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--dataset", "gaussians", "--spectral-norm", normalisation, "--max-batches", "2", "--output-dir", str(tmp_path)])
+    assert stop.value.code == 1 and "is no longer finite" in capsys.readouterr().err
 
 
 def test_progress_bar_on_a_terminal(tmp_path):

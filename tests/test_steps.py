@@ -1,12 +1,13 @@
-"""What each training step computes, what it may touch, and which data it gets."""
+"""What each training step of 01 to 05 computes, what it may touch, and which data it gets (06 has tests of its own)."""
 
 import pytest
 import torch
 
-from conftest import load_script, snapshot, unchanged
+from conftest import SCRIPTS, load_script, snapshot, unchanged
 
 CASES = [("01_vanilla_gan", variant) for variant in ("bce", "two-logit", "keras", "gaussians")] + [("02_dcgan", "dcgan")]
 CASES += [("03_wgan_gp", variant) for variant in ("mlp", "conv", "gaussians")] + [("04_cgan", "cgan")]
+CASES += [("05_sn_label_smoothing", variant) for variant in ("dcgan", "gaussians")]
 
 
 class Setting:
@@ -15,7 +16,7 @@ class Setting:
     def __init__(self, script, variant):
         torch.manual_seed(0)
         self.module = module = load_script(script)
-        if hasattr(module, "NETWORKS"):
+        if script != "02_dcgan" and hasattr(module, "NETWORKS"):
             make_generator, make_critic = module.NETWORKS[variant]
             self.generator, self.critic = make_generator(100, 0.2), make_critic(0.2)
         else:
@@ -29,8 +30,8 @@ class Setting:
 
     def critic_step(self):
         step = self.module.critic_step if self.wasserstein else self.module.discriminator_step
-        weight = (10.0,) if self.wasserstein else ()
-        return step(self.generator, self.critic, self.optimizer_c, self.real, *self.labels, self.z, *weight)
+        last = (10.0,) if self.wasserstein else ("none",) if hasattr(self.module, "LABELS") else ()
+        return step(self.generator, self.critic, self.optimizer_c, self.real, *self.labels, self.z, *last)
 
     def generator_step(self, *kind):
         if hasattr(self.module, "KerasGenerator"):
@@ -162,7 +163,7 @@ def test_saturating_gradient_is_smaller_when_fakes_are_found_out():
     assert 300 < gradients["non-saturating"] / gradients["saturating"] < 500     # (1 - D) / D = 403
 
 
-@pytest.mark.parametrize("script", ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path, cached_digits):
     """Erratum 10: five critic steps per generator step, five real batches, five z; and a new z for G in all scripts."""
     module = load_script(script)
@@ -181,7 +182,7 @@ def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path, c
     monkeypatch.setattr(module, name, recorded(getattr(module, name), *of_critic))
     monkeypatch.setattr(module, "generator_step", recorded(module.generator_step, *of_generator))
     module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "8",
-                 "--output-dir", str(tmp_path)])
+                 *["--width", "32", "--latent-dim", "8"] * (script == "06_stylegan_blocks"), "--output-dir", str(tmp_path)])
     critic_steps = 10 if name == "critic_step" else 2
     assert len(seen["real"]) == critic_steps and len(seen["z"]) == critic_steps + 2
     for values in (seen["real"], seen["z"], seen["critic labels"] + seen["generator labels"]):
