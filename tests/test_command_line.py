@@ -27,7 +27,8 @@ TEXT = {  # the text's constants; (ours) where it has none
     ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100, slope=0.2,
                                              spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
                                              ttur="off", n_critic=1),
-    ("06_stylegan_blocks", "stylegan"): dict(latent_dim=512, slope=0.2)}
+    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0, beta2=0.99, latent_dim=64,
+                                             slope=0.2, width=64, style_mixing_prob=0.9)}         # ours, but the slope
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_counts_of_the_text(module):
     assert count(module.MappingNetwork()) == 2_101_248 == 8 * (512 * 512 + 512)
     assert count(module.StyleGANGeneratorBlock(128, 64)) == 242_050
     assert count(module.AdaptiveInstanceNorm(64)) == 65_664 == 2 * (512 * 64 + 64)
-    assert count(module.Generator().blocks[3]) == 242_050, "at the default width the last block is the text's"
+    assert count(module.Generator().blocks[3]) == 242_050, "at width 256 the last block is the text's"
 
 
 @pytest.mark.parametrize("image_size, channels, width, expected", [
