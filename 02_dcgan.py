@@ -56,7 +56,7 @@ class Discriminator(nn.Sequential):
             return layers + [nn.BatchNorm2d(outputs)] * norm
 
         super().__init__(
-            *block(channels, 16, norm=False),                                              # [N, 16, 14, 14]
+            *block(channels, 16, norm=False),                                       # [N, 16, 14, 14]
             *block(16, 32),                                                         # [N, 32, 7, 7]
             *block(32, 64),                                                         # [N, 64, 4, 4]
             *block(64, 128),                                                        # [N, 128, 2, 2]

@@ -30,8 +30,8 @@ import common
 # ------------------------------------------------------------------------------- hyperparameters
 # The slope is the text's, the betas and the mixing are StyleGAN's, the rest is ours: what showed digits within an
 # hour on two cores. The text's 512 latent dimensions learned worse in that time. D learns faster than G (TTUR, see
-# 05): at equal rates G collapsed in our trials. The mapping network learns slower than the rest, as in StyleGAN,
-# where it does so at a hundredth: too slow for a training as short as this.
+# 05): at equal rates G collapsed in short trials, all with 512. The mapping network learns slower than the rest,
+# as in StyleGAN, where it does so at a hundredth: too slow for a training as short as this.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0.0, beta2=0.99, latent_dim=64, slope=0.2,
                      image_size=32, channels=1, width=64, progressive="on", style_mixing_prob=0.9, r1_weight=1.0),
@@ -300,6 +300,7 @@ def renoise(generator, z, count):
     return torch.stack([generator.synthesis(generator.styles(z), noise_seed=seed) for seed in range(count)], 1)
 
 
+@torch.no_grad()
 def draw_style_mixing(pipeline, path):
     """style_mixing.png: sources A across the top, B down the side; a panel for coarse, middle and fine crossing."""
     generator = pipeline.generator
@@ -307,7 +308,7 @@ def draw_style_mixing(pipeline, path):
     if not crossings:
         common.fail("--styles mixes the styles of two resolutions; this run was interrupted at its first, 4x4")
     z_a, z_b = pipeline.noise(12).to(pipeline.device).split([7, 5])
-    a, b = truncate(generator, z_a, 1.0), truncate(generator, z_b, 1.0)
+    a, b = (generator.synthesis(generator.styles(z), noise_seed=0) for z in (z_a, z_b))
     panels = {}
     for crossing in crossings:
         rows = torch.cat([b[:, None], mix(generator, z_a, z_b, crossing)], 1)
