@@ -12,7 +12,7 @@ distance while ||g|| stays near 1.
 
     python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
-    python 03_wgan_gp.py --dataset gaussians            the eight Gaussians of example 3
+    python 03_wgan_gp.py --dataset gaussians            the eight Gaussians of example 3; also ring, grid
 
 Differs from the text: every critic step draws a real batch of its own (erratum 10); example 5 reuses one z
 as well, here every step draws its own. 3.4's critic has no BatchNorm (erratum 3), its betas are those of
@@ -63,9 +63,9 @@ class Critic(nn.Sequential):
 
 
 class ConvGenerator(nn.Sequential):
-    """Example 5 trains example 4's: z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]; 856,065 parameters."""
+    """Example 4's, as example 5 has it: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065."""
 
-    def __init__(self, latent_dim=100):
+    def __init__(self, latent_dim=100, channels=1):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
             nn.BatchNorm2d(128),
@@ -73,18 +73,18 @@ class ConvGenerator(nn.Sequential):
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Upsample(scale_factor=2),                                            # [N, 128, 28, 28]
             nn.Conv2d(128, 64, 3, stride=1, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Conv2d(64, 1, 3, stride=1, padding=1), nn.Tanh())
+            nn.Conv2d(64, channels, 3, stride=1, padding=1), nn.Tanh())
 
 
 class ConvCritic(nn.Sequential):
-    """Example 5 without its BatchNorm (erratum 3): images [N, 1, 28, 28] -> scores [N, 1]; 97,665 parameters."""
+    """Example 5 without its BatchNorm (erratum 3): images [N, channels, 28, 28] -> scores [N, 1]; 97,665 parameters."""
 
-    def __init__(self, slope=0.2):
+    def __init__(self, slope=0.2, channels=1):
         def block(inputs, outputs):
             return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(slope), nn.Dropout2d(0.25)
 
         super().__init__(
-            *block(1, 16),                                                          # [N, 16, 14, 14]
+            *block(channels, 16),                                                          # [N, 16, 14, 14]
             *block(16, 32),                                                         # [N, 32, 7, 7]
             *block(32, 64),                                                         # [N, 64, 4, 4]
             *block(64, 128),                                                        # [N, 128, 2, 2]
@@ -114,7 +114,7 @@ class PointsCritic(nn.Sequential):
 
 
 NETWORKS = {"mlp": (Generator, Critic),
-            "conv": (lambda latent_dim, slope: ConvGenerator(latent_dim), ConvCritic),      # ReLU has no slope
+            "conv": (lambda latent_dim, slope, **shape: ConvGenerator(latent_dim, **shape), ConvCritic),    # has no slope
             "gaussians": (PointsGenerator, PointsCritic)}
 
 
@@ -160,18 +160,21 @@ def generator_step(generator, critic, optimizer, z):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS)
+    parser = common.Parser(__file__, __doc__, CONSTANTS, stacked=True)
     parser.option("--critic", "networks and constants (default: mlp)", dest="variant", choices=["mlp", "conv"])
     parser.option("--gp-weight", "lambda of the gradient penalty", type=common.number(float, at_least=0), metavar="X")
     parser.option("--n-critic", "critic steps per generator step", type=common.number(int, at_least=1), metavar="N")
     args = parser.options(argv)
+    if args.dataset == "stacked-mnist" and args.variant == "mlp":
+        common.fail("--dataset stacked-mnist needs --critic conv: the fully connected networks make one channel")
     make_generator, make_critic = NETWORKS[args.variant]
+    shape = {"channels": args.channels} if args.variant == "conv" else {}
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim, args.slope), generate_noise, args)
+        return common.sample_run(make_generator(args.latent_dim, args.slope, **shape), generate_noise, args)
 
     data = common.prepare(args)
-    generator = make_generator(args.latent_dim, args.slope).to(args.device)
-    critic = make_critic(args.slope).to(args.device)
+    generator = make_generator(args.latent_dim, args.slope, **shape).to(args.device)
+    critic = make_critic(args.slope, **shape).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, (args.beta1, args.beta2))
 

@@ -37,7 +37,7 @@ import common
 # ------------------------------------------------------------------------------- hyperparameters
 # The constants of 02 and, for the Gaussians, of 01: a comparison changes one thing at a time.
 CONSTANTS = {
-    "dcgan": dict(epochs=20, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
+    "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
                   slope=0.2, spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
                   ttur="off", n_critic=1),
     "gaussians": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
@@ -52,9 +52,9 @@ KERNELS, KERNEL_DIM = 16, 5             # of minibatch discrimination; ours, the
 
 # -------------------------------------------------------------------------------------- networks
 class Generator(nn.Sequential):
-    """Example 4, as in 02: z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]; 856,065 parameters."""
+    """Example 4, as in 02: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065 parameters."""
 
-    def __init__(self, latent_dim=100):
+    def __init__(self, latent_dim=100, channels=1):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
             nn.BatchNorm2d(128),
@@ -62,18 +62,18 @@ class Generator(nn.Sequential):
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Upsample(scale_factor=2),                                            # [N, 128, 28, 28]
             nn.Conv2d(128, 64, 3, stride=1, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Conv2d(64, 1, 3, stride=1, padding=1), nn.Tanh())
+            nn.Conv2d(64, channels, 3, stride=1, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
-    """Example 6: images [N, 1, 28, 28] -> logits [N, 1]; 2,755,009 parameters (erratum 30).
+    """Example 6: images [N, channels, 28, 28] -> logits [N, 1]; 2,755,009 parameters (erratum 30).
 
     normalise: spectral_norm, or a function that leaves its layer alone.
     """
 
-    def __init__(self, slope=0.2, normalise=spectral_norm, minibatch=False):
+    def __init__(self, slope=0.2, normalise=spectral_norm, minibatch=False, channels=1):
         super().__init__(
-            normalise(nn.Conv2d(1, 64, 4, stride=2, padding=1)), nn.LeakyReLU(slope),       # [N, 64, 14, 14]
+            normalise(nn.Conv2d(channels, 64, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 64, 14, 14]
             normalise(nn.Conv2d(64, 128, 4, stride=2, padding=1)), nn.LeakyReLU(slope),     # [N, 128, 7, 7]
             normalise(nn.Conv2d(128, 256, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 256, 3, 3]
             normalise(nn.Conv2d(256, 512, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 512, 1, 1]
@@ -126,7 +126,7 @@ def last_layers(features, normalise, minibatch):
     return (normalise(nn.Linear(features, 1)),)
 
 
-NETWORKS = {"dcgan": (lambda latent_dim, slope: Generator(latent_dim), Discriminator),
+NETWORKS = {"dcgan": (lambda latent_dim, slope, **shape: Generator(latent_dim, **shape), Discriminator),
             "gaussians": (PointsGenerator, PointsDiscriminator)}
 
 
@@ -199,7 +199,7 @@ def generator_step(generator, discriminator, optimizer, z):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS)
+    parser = common.Parser(__file__, __doc__, CONSTANTS, stacked=True)
     switch = dict(choices=["on", "off"])
     parser.option("--spectral-norm", "divide every layer of D by its largest singular value", **switch)
     parser.option("--label-smoothing", "D's labels; random: the loss may be negative", choices=list(LABELS))
@@ -208,8 +208,9 @@ def main(argv=None):
     parser.option("--n-critic", "updates of D per update of G", type=common.number(int, at_least=1), metavar="N")
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
+    shape = {"channels": args.channels} if args.variant == "dcgan" else {}
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim, args.slope), generate_noise, args)
+        return common.sample_run(make_generator(args.latent_dim, args.slope, **shape), generate_noise, args)
     if args.ttur == "on":
         if parser.given & TTUR.keys():
             common.fail("--ttur on sets both learning rates; leave out --lr-g and --lr-d, or --ttur")
@@ -217,8 +218,9 @@ def main(argv=None):
 
     data = common.prepare(args)
     normalise = spectral_norm if args.spectral_norm == "on" else lambda layer: layer
-    generator = make_generator(args.latent_dim, args.slope).to(args.device)
-    discriminator = make_discriminator(args.slope, normalise, args.minibatch_discrimination == "on").to(args.device)
+    minibatch = args.minibatch_discrimination == "on"
+    generator = make_generator(args.latent_dim, args.slope, **shape).to(args.device)
+    discriminator = make_discriminator(args.slope, normalise, minibatch, **shape).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 

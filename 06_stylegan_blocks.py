@@ -34,12 +34,12 @@ import common
 # as in StyleGAN, where it does so at a hundredth: too slow for a training as short as this.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0.0, beta2=0.99, latent_dim=64, slope=0.2,
-                     image_size=32, channels=1, width=64, progressive="on", style_mixing_prob=0.9, r1_weight=1.0),
+                     image_size=32, channels=1, width=64, progressive="on", style_mixing_prob=0.9, r1_weight=1.0,
+                     ema_decay=0.998),  # the average's half-life: about 10,000 images, as StyleGAN's
 }
 MAPPING_RATE = 0.1      # the mapping network's learning rate, in parts of lr_g
 W_DECAY = 0.995         # per step, of the moving average of w (StyleGAN's code)
 NOISE_START = 0.1       # of the noises' strengths (erratum 37)
-EMA_DECAY = 0.998       # per step, of the generator's moving average: a half-life of about 10,000 images, as StyleGAN's
 GROWTH = 0.5            # the part of the training in which the networks grow
 
 
@@ -268,14 +268,6 @@ def generator_step(generator, discriminator, optimizer, z, style_mixing_prob):
     return {"loss_G": loss}
 
 
-@torch.no_grad()
-def update_average(average, generator):
-    """The generator that draws the samples: the moving average of the trained one (ProGAN, appendix A)."""
-    new = [*generator.parameters(), *generator.buffers()]
-    for mean, value in zip([*average.parameters(), *average.buffers()], new):
-        mean.lerp_(value, 1 - EMA_DECAY)
-
-
 # -------------------------------------------------------------------------------- style pictures
 @torch.no_grad()
 def mix(generator, z_a, z_b, crossing):
@@ -353,11 +345,10 @@ def main(argv=None):
         return common.sample_run(Generator(args.latent_dim, **shape), generate_noise, args, STYLES)
 
     data = common.prepare(args)
-    generator, average = (Generator(args.latent_dim, **shape).to(args.device) for _ in range(2))
-    average.load_state_dict(generator.state_dict())
+    generator = Generator(args.latent_dim, **shape).to(args.device)
     discriminator = Discriminator(**shape).to(args.device)
     top = float(len(generator.blocks) - 1)
-    generator.level = average.level = discriminator.level = 0.0 if args.progressive == "on" else top
+    generator.level = discriminator.level = 0.0 if args.progressive == "on" else top
     synthesis = [generator.constant, *generator.blocks.parameters(), *generator.to_rgb.parameters()]
     groups = [{"params": synthesis}, {"params": generator.mapping.parameters(), "lr": args.lr_g * MAPPING_RATE}]
     optimizer_g = torch.optim.Adam(groups, args.lr_g, (args.beta1, args.beta2))
@@ -366,20 +357,19 @@ def main(argv=None):
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("loss", ["loss_D", "loss_G"], {"equilibrium 2 ln 2": 2 * math.log(2), "equilibrium ln 2": math.log(2)}),
              ("penalty", ["penalty"], {}), ("level", ["level"], {})]
-    with common.Run(args, data, generate_noise, plots, STYLES, generator=generator, average=average,
+    with common.Run(args, data, generate_noise, plots, STYLES, generator=generator,
                     discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
                 if args.progressive == "on":
                     level = level_at((run.step + 1) / (args.epochs * run.steps_per_epoch), top)
-                    generator.level = average.level = discriminator.level = level
+                    generator.level = discriminator.level = level
                 real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
                                               args.style_mixing_prob, args.r1_weight))
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z, args.style_mixing_prob))
-                update_average(average, generator)
                 run.record({"level": torch.tensor(generator.level)})
 
 

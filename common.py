@@ -1,23 +1,29 @@
-"""Plumbing of the numbered scripts: everything that has no equation and is the same in all of them.
+"""Plumbing of the numbered scripts: everything that is the same in all of them.
 
 1  Command line    flags, their checks, and the options of a run
-2  Data            real MNIST, digits drawn from fonts, the text's eight Gaussians; batches
+2  Data            real MNIST, digits drawn from fonts, mixtures of Gaussians; batches
 3  Pictures        image grids, scatter plots, curves, the film of a training
 4  Pipeline        the text's image-generation pipeline (section 3.6) around one generator
-5  Run             the folder, the epoch line, the log and the checkpoint of one training
+5  Scores          what a generator has learned, in numbers (sections 3.2 and 3.6, exercises 2 and 5)
+6  Run             the folder, the epoch line, the log and the checkpoint of one training
 
-A reader who follows the text can skip this file: no network, loss or training step is in it.
+A reader who follows the text can skip this file but for section 5: no network, loss or training step of a GAN
+is in it.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
+import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import queue
 import shlex
@@ -39,6 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -47,9 +54,10 @@ from tqdm import tqdm
 # 1  Command line
 # ---------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs")
-WISHES = {"generate", "interpolate", "explore", "styles"}  # what --from can draw
-SAMPLING = WISHES | {"seed", "device", "label"}  # allowed beside --from
+DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
+                ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None)
+WISHES = {"generate", "interpolate", "explore", "styles", "evaluate"}  # what --from can do
+SAMPLING = WISHES | {"seed", "device", "label", "data_dir"}  # allowed beside --from
 
 
 def fail(message, code=2):
@@ -77,23 +85,24 @@ class Parser(argparse.ArgumentParser):
     """The command line of one numbered script.
 
     `constants` is the script's table: a row of option values per variant. The option "variant" picks
-    the row, by default the first; --dataset gaussians has a row of its own. Every flag that is not
-    given takes the value of its row, so the table is the only place of defaults. `given` is then
-    the set of the flags that were given.
+    the row, by default the first; the data sets of points have the row "gaussians". Every flag that
+    is not given takes the value of its row, so the table is the only place of defaults. `given` is
+    then the set of the flags that were given.
 
     image_sizes: what --image-size offers in a script whose networks come in several sizes; such a
     script also has --channels and takes images of your own, --dataset folder.
+    stacked: the script's networks take the three channels of --dataset stacked-mnist.
     """
 
-    def __init__(self, script, description, constants, image_sizes=()):
+    def __init__(self, script, description, constants, image_sizes=(), stacked=False):
         super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
         self.constants = constants
         count = dict(type=number(int, at_least=1), metavar="N")
         size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
         rate = dict(type=number(float, above=0, below=1000), metavar="X")
-        datasets = ["auto", "mnist", "fashion-mnist", "digits"]
-        datasets += ["gaussians"] * ("gaussians" in constants) + ["folder"] * bool(image_sizes)
+        datasets = ["auto", *CLASSIFIED, *["stacked-mnist"] * stacked, *["folder"] * bool(image_sizes)]
+        datasets += MIXTURES if "gaussians" in constants else []
         self.option("--epochs", "rounds of (samples // batch size) generator steps", **count)
         self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
         self.option("--lr-g", "Adam's learning rate, generator", **rate)
@@ -112,8 +121,16 @@ class Parser(argparse.ArgumentParser):
         self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
         self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
         self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
+        self.option("--eval-interval", "epochs between scores; 10,000 training images are then held out to choose "
+                    "best.pt. 0: no scores at all (default: scores at the end)",
+                    type=number(int, at_least=0), metavar="N")
+        self.option("--ema-decay", "sample from a moving average of the generator, which keeps this much per step",
+                    type=number(float, at_least=0, below=1), metavar="X")
+        self.option("--lr-decay", "share of the training, at its end, in which the learning rates fall to 0",
+                    type=number(float, at_least=0, at_most=1), metavar="X")
         self.option("--max-batches", "at most N generator steps per epoch, for a quick look", **count)
         self.option("--from", "draw from this trained run (folder or checkpoint)", dest="run", metavar="RUN")
+        self.option("--evaluate", "with --from: score it", action="store_const", const=True)
         self.option("--generate", "with --from: a picture of N samples (default: 64)", **size)
         self.option("--interpolate", "with --from: paths between latent vectors", action="store_const", const=True)
         self.option("--explore", "with --from: move latent dimension DIM by -3 to 3",
@@ -125,8 +142,10 @@ class Parser(argparse.ArgumentParser):
         values = {row: table[name] for row, table in self.constants.items() if name in table}
         if len(set(values.values())) == 1:
             values = {"": next(iter(values.values()))}
-        default = DEFAULTS.get(name, ", ".join(f"{row} {value}".strip() for row, value in values.items()))
-        self.add_argument(flag, help=f"{help} (default: {default})" if default != "" else help, **settings)
+        if not values and DEFAULTS.get(name) is not None:
+            values = {"": DEFAULTS[name]}
+        default = ", ".join(f"{row} {value}".strip() for row, value in values.items())
+        self.add_argument(flag, help=f"{help} (default: {default})" if default else help, **settings)
 
     def format_help(self):
         """The help text, with "?" for the Japanese that the terminal's encoding cannot print."""
@@ -142,17 +161,21 @@ class Parser(argparse.ArgumentParser):
         self.given = set(given)
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
-        for name in sorted(SAMPLING - {"seed", "device"}):
+        for name in sorted(SAMPLING - {"seed", "device", "data_dir"}):
             if name in given:
-                fail(f"{self._flag(name)} draws from a trained generator: name its run with --from RUN")
-        planar = given.get("dataset") == "gaussians"
+                fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
+        planar = given.get("dataset") in MIXTURES
         if planar and "variant" in given:
             fail(f"{self._flag('variant')} {given['variant']} is for images; "
-                 "--dataset gaussians has networks of its own")
-        options = {"script": Path(self.prog).stem, **DEFAULTS, "max_batches": None, "run": None}
+                 f"--dataset {given['dataset']} has networks of its own")
+        options = {"script": Path(self.prog).stem, **DEFAULTS}
         row = given.setdefault("variant", "gaussians" if planar else next(iter(self.constants)))
         options.update(self.constants[row])
         options.update(given)
+        if options["dataset"] == "stacked-mnist":
+            if given.get("channels") == 1 or options.get("image_size", 28) != 28:
+                fail("--dataset stacked-mnist has 3 channels of 28x28; leave out --channels and --image-size")
+            options["channels"] = 3
         for name in ("sample_interval", "checkpoint_interval"):
             options.setdefault(name, max(1, options["epochs"] // 20))
         return argparse.Namespace(**options)
@@ -171,7 +194,8 @@ class Parser(argparse.ArgumentParser):
             fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
         if script != Path(self.prog).stem:
             fail(f"--from: {path} was trained by {script}.py; give it to that script")
-        options = {**self.constants.get(options.get("variant"), {}), **options}  # a run may be older than a flag
+        row = self.constants.get(options.get("variant"), {})
+        options = {**DEFAULTS, **row, **options}  # a run may be older than a flag
         for name, value in given.items():
             if name not in SAMPLING and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
@@ -229,7 +253,8 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
     file of it is damaged, and when it does not fit into memory. Only "auto" may end up with other
     data, and says so.
     """
-    if name in ("auto", "mnist", "fashion-mnist"):
+    stacked = name == "stacked-mnist"
+    if name in ("auto", "mnist", "fashion-mnist") or stacked:
         kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
         folder = Path(data_dir, kind.__name__, "raw")
         trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
@@ -244,11 +269,13 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
             fail(f"--dataset {name}: {trouble}; {advice}")
     if name == "digits":
         samples, labels = draw_digits(split)
-    if name == "gaussians":
-        samples, labels = draw_gaussians(split)
+    if stacked:
+        samples, labels = stack_digits(samples, labels, split)
+    if name in MIXTURES:
+        samples, labels = draw_mixture(name, split)
     elif name == "folder":
         samples, labels = read_folder(Path(data_dir), image_size, channels, device)
-    elif (image_size, channels) != (28, 1):
+    elif (image_size, channels) != (28, samples.size(1)):
         samples = enlarge(samples, image_size, channels, device)
     return Data(name, samples.to(device), labels.to(device))
 
@@ -374,16 +401,44 @@ def draw_digits(split):
     return images, labels
 
 
-def draw_gaussians(split):
-    """The text's eight Gaussians (example 3, erratum 8): points [N, 2] and the number of their centre [N].
+MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaussians
+    # The text's (example 3, erratum 8), all halved: most coordinates lie in [-1, 1].
+    "gaussians": (torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]]) / 2, 0.05),
+    # PacGAN's (arXiv 1712.04086, 4.1).
+    "ring": (torch.stack([torch.arange(8).mul(math.pi / 4).cos(), torch.arange(8).mul(math.pi / 4).sin()], 1), 0.01),
+    "grid": (torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2)), 0.05),
+}
 
-    Centres (+-1, +-1), (+-2, 0), (0, +-2), sigma 0.1, all halved: most coordinates lie in [-1, 1].
+
+def draw_mixture(name, split):
+    """Points [N, 2] of a mixture and the number of the centre of each [N]; PacGAN's training sets have 100,000."""
+    count, seed = {"train": (60_000 if name == "gaussians" else 100_000, 1), "test": (10_000, 2)}[split]
+    return sample_mixture(name, count, torch.Generator().manual_seed(seed))
+
+
+def sample_mixture(name, count, rng):
+    """A perfect sampler of a mixture: points [count, 2], labels [count]."""
+    centres, sigma = MIXTURES[name]
+    labels = torch.randint(len(centres), (count,), generator=rng)
+    return centres[labels] + sigma * torch.randn(count, 2, generator=rng), labels
+
+
+def stack_digits(images, labels, split):
+    """Three random digits as one colour image: uint8 [N, 3, 28, 28] and its number [N] below 1000.
+
+    As many as in PacGAN (arXiv 1712.04086, 4.2): 128,000 to train on, 26,000 to score; there the triples are of
+    all 70,000 images, here of those of one split.
     """
-    count, seed = {"train": (60_000, 1), "test": (10_000, 2)}[split]
-    rng = torch.Generator().manual_seed(seed)
-    centres = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]], dtype=torch.float32)
-    labels = torch.randint(8, (count,), generator=rng)
-    return (centres[labels] + 0.1 * torch.randn(count, 2, generator=rng)) / 2, labels
+    count, seed = {"train": (128_000, 1), "test": (26_000, 2)}[split]
+    check_memory(count, 28, 3, "cpu")
+    triples = torch.randint(len(images), (count, 3), generator=torch.Generator().manual_seed(seed))
+    return images[triples, 0], labels[triples] @ torch.tensor([100, 10, 1])
+
+
+def hold_out(data):
+    """(Data without every sixth sample, those samples): what neither the classifier nor, if asked, a GAN trains on."""
+    held = torch.arange(len(data.samples), device=data.samples.device) % 6 == 5
+    return (Data(data.name, data.samples[part], data.labels[part]) for part in (~held, held))
 
 
 def enlarge(images, image_size, channels, device):
@@ -456,16 +511,17 @@ def free_memory():
 # 3  Pictures
 # ---------------------------------------------------------------------------------------------
 
-def save_picture(samples, columns, path, paths=False):
+def save_picture(samples, columns, path, paths=False, reach=1.5):
     """Write a PNG: images [N, C, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
 
-    With `paths`, each `columns` successive points are one path through the plane.
+    With `paths`, each `columns` successive points are one path through the plane. The plot of points shows
+    [-reach, reach] in both directions.
     """
     if samples.dim() == 4:
         enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
         return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
     figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    axes = figure.add_subplot(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     if paths:
         for path_points in samples.split(columns):
             axes.plot(*path_points.T.numpy(), ".-")
@@ -493,8 +549,9 @@ def save_curves(history, plots, path):
     figure = Figure(figsize=(5 * len(plots), 3.6), layout="constrained")
     for axes, (title, names, guides) in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots):
         for name in names:
-            axes.plot([row["epoch"] for row in history], [row[name] for row in history], label=name,
-                      marker="." if len(history) == 1 else None)
+            rows = [row for row in history if row.get(name) is not None]  # scores are not in every epoch's
+            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name,
+                      marker="." if len(rows) < len(history) or len(rows) == 1 else None)
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
         axes.set(title=title, xlabel="epoch")
@@ -533,6 +590,8 @@ class Pipeline:
     def __init__(self, generator, draw_noise, args):
         self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
         self.rows = args.classes or self.ROWS
+        points = {"reach": MIXTURES[args.dataset][0].max().item() + 0.5} if args.dataset in MIXTURES else {}
+        self.save = functools.partial(save_picture, **points)
         self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed ^ self.OTHER))
 
     def __call__(self, z, labels):
@@ -562,7 +621,7 @@ class Pipeline:
             cells = samples.new_full((self.args.classes, columns, *samples.shape[1:]), -1)
             cells[labels, torch.arange(len(z)) // self.args.classes] = samples
             samples = cells.flatten(0, 1)
-        save_picture(samples, columns, path)
+        self.save(samples, columns, path)
 
     def interpolate(self, path, label=None):
         """Each row goes from one latent vector to another in a straight line, (1 - t) z1 + t z2."""
@@ -580,21 +639,20 @@ class Pipeline:
     def _rows(self, z, path, label):
         labels = torch.arange(len(z)) if label is None else torch.full((len(z),), label)
         samples = self(z.flatten(0, 1), labels.repeat_interleave(self.STEPS))
-        save_picture(samples, self.STEPS, path, paths=True)
+        self.save(samples, self.STEPS, path, paths=True)
 
 
 def sample_run(generator, draw_noise, args, styles=None):
-    """--from: load the run's generator and write the pictures that were asked for into its samples/.
+    """--from: load the run's generator, score it, write the pictures that were asked for into its samples/.
 
     styles: what --styles draws, {name: function of the pipeline and a path}.
     """
-    checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
-    try:
-        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
-    except (KeyError, RuntimeError, TypeError, AttributeError):
-        fail(f"--from: the generator in {args.run} does not fit its own options; the file is damaged")
-    pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
-    folder = Path(args.run).parent / "samples"
+    generator.to(pick_device(args.device))
+    pipeline, path = Pipeline(generator, draw_noise, args), Path(args.run)
+    if args.evaluate:
+        evaluate_run(pipeline, path)
+    load_generator(generator, path)
+    folder = path.parent / "samples"
 
     wishes = {}
     if args.generate:
@@ -617,8 +675,342 @@ def sample_run(generator, draw_noise, args, styles=None):
         print(path)
 
 
+def load_generator(generator, path):
+    """Give the generator the state in a checkpoint, of its moving average if there is one; return the epoch."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
+        return checkpoint["epoch"]
+    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError):
+        fail(f"--from: the generator in {path} does not fit its own options; the file is damaged")
+
+
+def evaluate_run(pipeline, path):
+    """--evaluate: score a checkpoint, and with checkpoint.pt the best.pt beside it; writes metrics.json."""
+    scorer = make_scorer(pipeline.args)
+    if not scorer:
+        fail("--evaluate: there are no scores for images of your own, which have no test images and no classes")
+    best = [path.with_name("best.pt")] if path.name == "checkpoint.pt" and path.with_name("best.pt").exists() else []
+    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)}
+              for file in [path, *best]}
+    show_scores(scorer, scores)
+    try:
+        save_scores(scorer, pipeline.args.seed, scores, path.parent)
+    except OSError as error:
+        fail(f"--from: {path.parent / 'metrics.json'} cannot be written ({error.strerror})")
+
+
 # ---------------------------------------------------------------------------------------------
-# 5  Run
+# 5  Scores
+# ---------------------------------------------------------------------------------------------
+
+SCORES = {  # name in metrics.json and log.jsonl: title in the table, format, what is best
+    "IS": ("Inception Score", ".3f", "high, at most 10"), "FD": ("Frechet distance", ".3f", "low"),
+    "FD_held_out": ("  to held-out training images", ".3f", "low: chooses best.pt"),
+    "precision": ("precision", ".3f", "high: samples look real"),
+    "recall": ("recall", ".3f", "high: samples vary as the data do"),
+    "classes": ("classes covered", "g", "10"), "modes": ("modes captured", "g", "all"),
+    "in_mode": ("samples within 3 sigma", ".3f", "as the perfect sampler"),
+    "KL": ("KL divergence of the shares", ".4f", "low"), "as_asked": ("classes as asked for", ".3f", "high"),
+}
+CLASSIFIED = ("mnist", "fashion-mnist", "digits")  # data sets of ten classes of grey 28x28 images
+FEATURES = 64  # of the classifier
+NEIGHBOURS = 3  # k of precision and recall (arXiv 1904.06991)
+
+
+def inception_score(probabilities):
+    """exp(mean_i KL(p_i || mean of p)) of class probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
+
+    It falls when classes are lost or unclear, not when all images of a class are alike (erratum 48). What real
+    images score depends on the classifier (erratum 47).
+    """
+    p = probabilities.double()
+    return torch.special.xlogy(p, p / p.mean(0).clamp(min=1e-300)).sum(1).mean().exp().item()
+
+
+def frechet_distance(features, reference):
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features [N, D] and [M, D] (arXiv 1706.08500), N, M >= 2.
+
+    m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to the features
+    (erratum 50).
+    """
+    (m1, s1), (m2, s2) = ((part.mean(0), part.T.cov()) for part in (features.double(), reference.double()))
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # the eigenvalues of S1 S2 are those of root S2 root
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item())
+
+
+def precision_recall(features, reference):
+    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], N, M > NEIGHBOURS.
+
+    A set's manifold is the union of balls around its members, each reaching to the NEIGHBOURS-th nearest other
+    one. Precision: the share of the samples in the reference's; recall: of the reference in that of the samples.
+    """
+    def radii(members):  # the nearest of all members is the member itself
+        return torch.cat([torch.cdist(part, members).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+                          for part in members.split(500)])
+
+    features, reference = features.double(), reference.double()
+    radius, inside, covered = radii(reference), 0, torch.zeros(len(reference), dtype=torch.bool)
+    for part, own_radius in zip(features.split(500), radii(features).split(500)):
+        distance = torch.cdist(part, reference)  # [500, M]
+        inside += (distance <= radius).any(1).sum().item()
+        covered |= (distance <= own_radius[:, None]).any(0)
+    return inside / len(features), covered.double().mean().item()
+
+
+def divergence(counts, shares):
+    """KL(counts / their sum || shares) in nats, both [K]; None if nothing was counted, or what has no share."""
+    p = counts.double() / counts.sum()
+    value = torch.special.xlogy(p, p / shares).sum().item()
+    return value if math.isfinite(value) else None
+
+
+def make_classifier():
+    """The network that reads digits: images [N, 1, 28, 28] in [0, 1] -> 10 logits.
+
+    The FEATURES numbers before its last layer stand in for Inception's 2,048, which know photographs, not digits.
+    """
+    def block(inputs, outputs, kernel, stride):
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+
+    return nn.Sequential(*block(1, 16, 5, 2), *block(16, 32, 3, 1), nn.MaxPool2d(2),
+                         *block(32, 64, 3, 1), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(64 * 3 * 3, FEATURES), nn.ReLU(), nn.Linear(FEATURES, 10))
+
+
+def train_classifier(images, labels):
+    """make_classifier's network after three epochs of uint8 images [N, 1, 28, 28] and labels [N], in eval mode."""
+    epochs, batch = 3, 256
+    torch.manual_seed(0)
+    network = make_classifier()
+    order = torch.cat([torch.randperm(len(images))[:len(images) // batch * batch] for _ in range(epochs)])
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=len(order) // batch)
+    for index in tqdm(order.split(batch), desc="classifier", unit="step", disable=None, leave=False):
+        down, right = torch.randint(3, (2,)).tolist()  # each batch is shifted by up to a pixel
+        shifted = F.pad(images[index] / 255, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
+        loss = F.cross_entropy(network(shifted), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.random.fork_rng(devices=[])  # the random numbers of a training are left alone
+def load_classifier(data):
+    """The classifier for this data; trained once, then kept in the user's cache folder."""
+    recipe = inspect.getsource(make_classifier) + inspect.getsource(train_classifier)
+    key = hashlib.sha256(recipe.encode() + data.samples.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gan-scripts")
+    path = folder / f"classifier-{data.name}-{key[:16]}.pt"
+    if path.exists():
+        try:
+            network = make_classifier()
+            network.load_state_dict(torch.load(path, weights_only=True))
+            return network.eval()
+        except Exception as error:  # noqa: BLE001  whatever a damaged file raises
+            print(f"scores  {path} is damaged ({type(error).__name__})")
+    print(f"scores  training a classifier of {data.name}, once, in about a minute", flush=True)
+    network = train_classifier(data.samples, data.labels)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{path.name}.{os.getpid()}"
+        torch.save(network.state_dict(), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
+        print(f"scores  the classifier cannot be kept in {folder}: {error}")
+    return network
+
+
+def mixture_scores(points, centres, sigma):
+    """PacGAN's scores (arXiv 1712.04086, 4.1) of points [N, 2] for Gaussians around centres [K, 2].
+
+    A point counts for its nearest centre if it lies within 3 sigma of it; one such point captures a mode. KL is
+    that of the counts from K equal shares, None if no point counts.
+    """
+    distance, nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    counts = nearest[distance < 3 * sigma].bincount(minlength=len(centres))
+    return {"modes": (counts > 0).sum().item(), "in_mode": counts.sum().item() / len(points),
+            "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist()}
+
+
+class PointScorer:
+    """Scores of a generator of points; its floor is the mean of 100 perfect samplers'."""
+
+    floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("samples within 3 sigma", ["in_mode"]),
+                                             ("KL divergence", ["KL"])]
+    COUNT = 2500
+
+    def __init__(self, args):
+        self.name = args.dataset
+        self.about = {"samples": self.COUNT, "against": f"the {len(MIXTURES[self.name][0])} Gaussians of {self.name}"}
+
+    @functools.cached_property
+    def floor(self):
+        rng = torch.Generator().manual_seed(3)
+        draws = [mixture_scores(sample_mixture(self.name, self.COUNT, rng)[0], *MIXTURES[self.name])
+                 for _ in range(100)]
+        return {name: sum(draw[name] for draw in draws) / len(draws) for name in ("modes", "in_mode", "KL")}
+
+    def __call__(self, pipeline):
+        return mixture_scores(pipeline(*pipeline.latents(self.COUNT)), *MIXTURES[self.name])
+
+
+class ImageScorer:
+    """Scores of a generator of images: as many samples as there are test images, read by the classifier.
+
+    Its floor: the held-out training images, which the classifier has not seen either, in the place of samples.
+    """
+
+    floor_name, curves = "real images", [("Frechet distance", ["FD"]), ("Inception Score", ["IS"]),
+                                         ("precision and recall", ["precision", "recall"])]
+
+    def __init__(self, args):
+        self.args, self.size = args, (getattr(args, "image_size", 28), args.channels)
+        train, self.test = (load_data(args.dataset.removeprefix("stacked-"), args.data_dir, split)
+                            for split in ("train", "test"))
+        rest, self.held_out = hold_out(train)
+        if min(len(rest.samples) - 256, len(self.held_out.samples) - 5, len(self.test.samples) - 5) < 0:
+            fail(f"{len(train.samples)} training and {len(self.test.samples)} test images are too few to score "
+                 "samples with; --eval-interval 0 trains without scores")
+        self.classifier = load_classifier(rest)
+        weights = b"".join(value.numpy().tobytes() for value in self.classifier.state_dict().values())
+        self.reference = self.read(self.real(self.test))
+        right = self.reference[1].argmax(1) == self.test.labels
+        self.about = {"samples": len(self.test.samples), "against": f"the test images of {args.dataset}",
+                      "classifier": {"accuracy": right.double().mean().item(),
+                                     "fingerprint": hashlib.sha256(weights).hexdigest()[:8]}}
+
+    def real(self, data):
+        """Batches of real images as a generator makes them: of its size, in [-1, 1]."""
+        for part in data.samples.split(250):
+            yield (part if self.size == (28, 1) else enlarge(part, *self.size, "cpu")).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def read(self, batches):
+        """Features [N, FEATURES] and class probabilities [N, 10] of batches of images in [-1, 1]."""
+        features = []
+        for images in batches:
+            if not images.isfinite().all():
+                fail("the generator's samples are not finite: there is nothing to score", code=1)
+            pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
+            if pixels.size(3) != 28:
+                pixels = F.adaptive_avg_pool2d(pixels, 32)[:, :, 2:-2, 2:-2]  # back from `enlarge`
+            features.append(self.classifier[:-1](self.digits(pixels)))
+        features = torch.cat(features)
+        return features, self.classifier[-1](features).softmax(1)
+
+    def digits(self, pixels):
+        """What the classifier reads of images [N, C, 28, 28]: their grey values [N, 1, 28, 28]."""
+        return pixels.mean(1, keepdim=True)
+
+    def compare(self, features, probabilities, labels):
+        """The scores of samples that were read so, and of which these labels [N] were asked."""
+        reading, shares = probabilities.argmax(1), self.test.labels.bincount(minlength=10) / len(self.test.labels)
+        counts = reading.bincount(minlength=10)
+        precision, recall = precision_recall(features, self.reference[0])
+        scores = {"IS": inception_score(probabilities), "FD": frechet_distance(features, self.reference[0]),
+                  "precision": precision, "recall": recall,
+                  "classes": (counts >= 0.1 * shares * len(reading)).sum().item(), "KL": divergence(counts, shares)}
+        if self.args.classes:
+            scores["as_asked"] = (reading == labels).double().mean().item()
+        return {**scores, "counts": counts.tolist(), "distinct": len(features.unique(dim=0))}
+
+    @functools.cached_property
+    def held_out_features(self):
+        return self.read(self.real(self.held_out))
+
+    @functools.cached_property
+    def floor(self):
+        return self.compare(*self.held_out_features, self.held_out.labels)
+
+    def __call__(self, pipeline):
+        z, labels = pipeline.noise(self.about["samples"]), self.test.labels  # the classes as often as in the data
+        features, probabilities = self.read(map(pipeline, z.split(250), labels.split(250)))
+        scores = self.compare(features, probabilities, labels)
+        if self.args.eval_interval:  # then the run has not seen them
+            scores["FD_held_out"] = frechet_distance(features, self.held_out_features[0])
+        return scores
+
+
+class StackedScorer(ImageScorer):
+    """PacGAN's scores of stacked digits (arXiv 1712.04086, 4.2): those of the 1,000 modes that have a sample, and
+    the divergence from equal shares. Its floor: real triples of the test images.
+    """
+
+    floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("KL divergence", ["KL"])]
+
+    def __init__(self, args):
+        super().__init__(argparse.Namespace(**{**vars(args), "channels": 1}))
+        self.triples = Data("", *stack_digits(self.test.samples, self.test.labels, "test"))
+        self.about |= {"samples": len(self.triples.samples), "against": "the 1000 equal modes of stacked-mnist"}
+
+    def digits(self, pixels):
+        """Each channel [3 N, 1, 28, 28]."""
+        return pixels.flatten(0, 1)[:, None]
+
+    def count(self, batches):
+        reading = self.read(batches)[1].argmax(1)
+        counts = (reading.view(-1, 3) @ torch.tensor([100, 10, 1])).bincount(minlength=1000)
+        return {"modes": (counts > 0).sum().item(), "KL": divergence(counts, 1 / 1000)}
+
+    @functools.cached_property
+    def floor(self):
+        return self.count(self.real(self.triples))
+
+    def __call__(self, pipeline):
+        return self.count(pipeline(part, None) for part in pipeline.noise(self.about["samples"]).split(250))
+
+
+def make_scorer(args):
+    """What scores the generators of this data set, or None if nothing can."""
+    if args.dataset in MIXTURES:
+        return PointScorer(args)
+    if args.dataset == "stacked-mnist":
+        return StackedScorer(args)
+    return ImageScorer(args) if args.dataset in CLASSIFIED else None
+
+
+def show_scores(scorer, scores):
+    """The table on the terminal; scores: {checkpoint: its epoch and scores}."""
+    columns = {f"{Path(name).stem}, epoch {row['epoch']}": row for name, row in scores.items()}
+    columns[scorer.floor_name] = scorer.floor
+    print(f"scores  {scorer.about['samples']} samples against {scorer.about['against']}")
+    if "classifier" in scorer.about:
+        print("read    by a classifier right on {accuracy:.2%} of the test images, fingerprint {fingerprint}"
+              .format(**scorer.about["classifier"]))
+    widths = {heading: max(11, len(heading) + 2) for heading in columns}
+    print(" " * 32 + "".join(f"{heading:>{width}}" for heading, width in widths.items()))
+    for name, (title, form, best) in SCORES.items():
+        cells = [(column.get(name), widths[heading]) for heading, column in columns.items()]
+        if any(value is not None for value, _ in cells):
+            row = "".join(f"{'-' if value is None else format(value, form):>{width}}" for value, width in cells)
+            print(f"{title:32}{row}  {best}")
+    for heading, column in columns.items():
+        if "counts" in column:
+            print(f"{heading + ': counts':32}{' '.join(map(str, column['counts']))}")
+        if column.get("distinct", math.inf) < 0.9 * scorer.about["samples"]:
+            print(f"note    {heading}: of {scorer.about['samples']} samples only {column['distinct']} are distinct")
+        if column["KL"] is None:
+            print(f"note    {heading}: no divergence, for no sample counts or the data lack a class")
+    if "classifier" in scorer.about and scorer.about["samples"] <= FEATURES:
+        print(f"note    {scorer.about['samples']} samples for {FEATURES} features: compare the Frechet distance "
+              "with its floor only")
+
+
+def save_scores(scorer, seed, scores, folder):
+    """The same as metrics.json, whole or not at all."""
+    content = {**scorer.about, "seed": seed, **scores, scorer.floor_name: scorer.floor}
+    (folder / "metrics.tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(folder / "metrics.tmp", folder / "metrics.json")
+
+
+# ---------------------------------------------------------------------------------------------
+# 6  Run
 # ---------------------------------------------------------------------------------------------
 
 def prepare(args, classes=0):
@@ -637,14 +1029,25 @@ def prepare(args, classes=0):
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    size = {name: getattr(args, name) for name in ("image_size", "channels") if name in args}
-    data = load_data(args.dataset, args.data_dir, device=args.device, **size)
+    data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
     args.dataset, args.classes = data.name, classes
+    if args.eval_interval and data.name in CLASSIFIED:
+        data, held_out = hold_out(data)
+        print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
     if len(data.samples) < args.batch_size:
         fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
     shape = list(data.samples.shape[1:])
     print(f"data    {data.name}, {len(data.samples)} samples of {shape}, batch {args.batch_size}")
     return data
+
+@torch.no_grad()
+def update_average(average, generator, decay):
+    """average <- decay average + (1 - decay) generator, buffers included (ProGAN, arXiv 1710.10196, appendix A)."""
+    new = generator.state_dict()
+    for name, value in itertools.chain(average.named_parameters(), average.named_buffers()):
+        if value.is_floating_point():
+            new[name] = torch.lerp(value, new[name], 1 - decay)
+    average.load_state_dict(new)  # the rest, counters and 06's level, as it is
 
 
 class Run:
@@ -652,8 +1055,8 @@ class Run:
 
     plots: the panels of curves.png, as save_curves takes them.
     styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
-    state: every module and optimizer of the training by name, `generator` among them; samples are
-        drawn from `average`, its moving average, where there is one.
+    state: every module and optimizer of the training by name, `generator` among them. With --ema-decay
+        `average`, its moving average, is one more, and the one that is sampled and scored.
 
         with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
             for batches in run.epochs():        # an endless stream of real batches per epoch
@@ -666,7 +1069,14 @@ class Run:
     def __init__(self, args, data, draw_noise, plots, styles=None, **state):
         self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
         self.epoch = self.step = 0  # how many are done
-        self.history = []
+        self.history, self.scores = [], {}  # a row per epoch; the last scores of each checkpoint
+        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
+        if args.ema_decay:
+            state["average"] = copy.deepcopy(state["generator"])
+        if not self.scorer and args.eval_interval != 0:
+            print("scores  none: images of your own have no test images and no classes to read")
+        self.rates = [(group, group["lr"]) for part in state.values() if isinstance(part, torch.optim.Optimizer)
+                      for group in part.param_groups]
         self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
         self.folder = self._new_folder()
         self.samples = self.folder / "samples"
@@ -700,7 +1110,8 @@ class Run:
             index = torch.cat([(self.data.labels == label).nonzero()[:count // self.args.classes, 0].cpu()
                                for label in range(self.args.classes)])
         columns = count // self.args.classes if self.args.classes else math.ceil(math.sqrt(count))
-        save_picture(self.data.scaled(index.to(self.data.samples.device)).cpu(), columns, self.samples / "real.png")
+        samples = self.data.scaled(index.to(self.data.samples.device)).cpu()
+        self.pipeline.save(samples, columns, self.samples / "real.png")
 
     def __enter__(self):
         self._picture()
@@ -716,18 +1127,23 @@ class Run:
             row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
             self.epoch += 1
             self._log(row, time.perf_counter() - start)
-            last = self.epoch == self.args.epochs
-            if last or self.epoch % self.args.sample_interval == 0:
+            if self._due(self.args.sample_interval):
                 self._picture()
-                save_curves(self.history, self.plots, self.folder / "curves.png")
-            if last or self.epoch % self.args.checkpoint_interval == 0:
-                self.save_checkpoint()
+                self._curves()
+
+    def _due(self, interval):
+        return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
 
     def steps(self):
-        """Counts the generator steps of one epoch."""
+        """Counts the generator steps of one epoch; sets the learning rates, moves the average on."""
         for _ in range(self.steps_per_epoch):
+            left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
+            for group, rate in self.rates:
+                group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
             yield
             self.step += 1
+            if "average" in self.state:
+                update_average(self.state["average"], self.state["generator"], self.args.ema_decay)
             self.bar.update()
 
     def record(self, quantities):
@@ -741,38 +1157,70 @@ class Run:
         self.notes[name] = content
 
     def _log(self, row, seconds):
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if not bad:
-            position = {"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3)}
-            self.history.append({**position, **row, **self.notes})
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
+        """The epoch's line, checkpoint, scores, and then its row of log.jsonl."""
         width = len(str(self.args.epochs))
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
-        tqdm.write(f"epoch {self.epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s")
-        sys.stdout.flush()
+        line = f"epoch {self.epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s"
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
+            self._print(line)
             self.bar.close()
             fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d "
                  f"(output so far in {self.folder})", code=1)
+        position = {"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3)}
+        self.history.append({**position, **row, **self.notes})
+        try:
+            self._print(line)
+            if self._due(self.args.checkpoint_interval):
+                self.save_checkpoint()
+            if self.scorer and self._due(self.args.eval_interval):
+                self._score()
+        finally:  # Ctrl-C in between: the epoch is done all the same
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+
+    def _score(self):
+        """Score the generator and keep the best one."""
+        self.scores["checkpoint.pt"] = scores = {"epoch": self.epoch, **self.scorer(self.pipeline)}
+        self.history[-1] |= scores
+        if self.epoch < self.args.epochs:  # else the table follows
+            self._print("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
+                                               if scores.get(name) is not None))
+        best = self.scores.get("best.pt", {"FD_held_out": math.inf})
+        if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
+            self.scores["best.pt"] = scores
+            self.save_checkpoint("best.pt")
+
+    def _print(self, line):
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def _curves(self):
+        """curves.png, with the scores once there are two of them."""
+        plots = self.plots
+        if self.scorer and sum(self.scorer.curves[0][1][0] in row for row in self.history) > 1:
+            kind, floor = self.scorer.floor_name, self.scorer.floor
+            plots = plots + [(title, names, {f"{name}, {kind}": floor[name] for name in names})
+                             for title, names in self.scorer.curves]
+        save_curves(self.history, plots, self.folder / "curves.png")
 
     def _picture(self):
         self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
         self.pipeline.generate(*self.latents, self.pictures[-1])
 
-    def save_checkpoint(self):
-        """Write checkpoint.pt whole or not at all: options, position and all states."""
+    def save_checkpoint(self, name="checkpoint.pt"):
+        """Write a checkpoint whole or not at all: options, position and all states."""
         content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
                    **{name: part.state_dict() for name, part in self.state.items()}}
         torch.save(content, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         if kind is KeyboardInterrupt:
             self.save_checkpoint()
             if self.history:
-                save_curves(self.history, self.plots, self.folder / "curves.png")
+                self._curves()
             print(f"interrupted after {self.epoch} epochs; checkpoint.pt and curves.png are in {self.folder}")
             raise SystemExit(130)
         if kind is None:
@@ -783,5 +1231,9 @@ class Run:
             for name, draw in self.styles.items():
                 draw(self.pipeline, path=self.samples / f"{name}.png")
             save_film(self.pictures, self.samples / "progress.gif")
+            if self.scorer:
+                show_scores(self.scorer, self.scores)
+                save_scores(self.scorer, self.args.seed, self.scores, self.folder)
             print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
             print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")
+

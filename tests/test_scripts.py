@@ -19,7 +19,7 @@ from PIL import Image
 import common
 from conftest import ROOT, SCRIPTS, load_script, run_script, snapshot, unchanged
 
-QUICK = ["--dataset", "digits", "--epochs", "2", "--max-batches", "3", "--batch-size", "16", "--device", "cpu"]
+QUICK = ["--dataset", "digits", "--epochs", "2", "--max-batches", "3", "--batch-size", "16", "--device", "cpu", "--eval-interval", "0"]
 QUANTITIES = {"01_vanilla_gan": ["D(x)", "D(G(z))", "acc_D", "loss_D", "acc_G", "loss_G"],
               "02_dcgan": ["D(x)", "D(G(z))", "loss_D", "loss_G"],
               "03_wgan_gp": ["W", "penalty", "grad_norm", "loss_C", "loss_G"],
@@ -207,10 +207,12 @@ def test_means_steps_and_seconds_of_an_epoch(tmp_path, monkeypatch):
 
     for name in ("save_picture", "save_curves"):
         monkeypatch.setattr(common, name, slowly(getattr(common, name)))
+    monkeypatch.setattr(common.Run, "save_checkpoint", slowly(common.Run.save_checkpoint))
     data = common.Data("test", torch.zeros(10, 2), torch.zeros(10))
     for limit, steps in [(None, 2), (5, 2), (1, 1)]:
         args = Namespace(script="00_test", dataset="test", batch_size=4, max_batches=limit, output_dir=str(tmp_path), epochs=2,
-                         noise="normal", seed=0, classes=0, latent_dim=2, sample_interval=1, checkpoint_interval=1)
+                         noise="normal", seed=0, classes=0, latent_dim=2, sample_interval=1, checkpoint_interval=1,
+                         eval_interval=0, ema_decay=0, lr_decay=0)
         with common.Run(args, data, load_script("03_wgan_gp").generate_noise, [("once", ["once"], {})],
                         generator=torch.nn.Linear(2, 2)) as run:
             for batches in run.epochs():
@@ -232,7 +234,7 @@ def test_a_seed_repeats(train, script, tmp_path):
     assert [path.name[-4:] for path in sorted(tmp_path.iterdir())] == ["0001", "0002", "0003"]
 
 
-SHARED = ["--batch-size 8", "--lr-g 0.01", "--lr-d 0.01", "--beta1 0.7", "--latent-dim 9", "--max-batches 2"]
+SHARED = ["--lr-decay 1", "--batch-size 8", "--lr-g 0.01", "--lr-d 0.01", "--beta1 0.7", "--latent-dim 9", "--max-batches 2"]
 OWN = {"01_vanilla_gan": ["--variant two-logit", "--variant keras", "--generator-loss saturating"], "02_dcgan": [],
        "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"], "04_cgan": ["--gp-weight 1", "--n-critic 2"],
        "05_sn_label_smoothing": [],     # test_training_techniques.py
@@ -261,7 +263,7 @@ def test_intervals(train, tmp_path, monkeypatch):
 
 def test_sampling_leaves_the_training_state_untouched(cached_digits):
     module = load_script("04_cgan")
-    args = Namespace(**module.CONSTANTS["cgan"], classes=10, seed=0)
+    args = Namespace(**module.CONSTANTS["cgan"], classes=10, seed=0, dataset="digits")
     generator = module.Generator()
     state, random = snapshot(generator.state_dict().items()), torch.get_rng_state()
     pipeline = common.Pipeline(generator, module.generate_noise, args)
@@ -279,7 +281,7 @@ def test_sampling_leaves_the_training_state_untouched(cached_digits):
 def test_latents_are_not_made_of_the_numbers_of_the_weights(script):
     """A z that equals a row of the first layer is no sample of the prior: 06 drew broken digits from such z."""
     module = load_script(script)
-    args = Namespace(**next(iter(module.CONSTANTS.values())), classes=0, seed=0)
+    args = Namespace(**next(iter(module.CONSTANTS.values())), classes=0, seed=0, dataset="digits")
     torch.manual_seed(0)
     generator = module.Generator(args.latent_dim)
     z = common.Pipeline(generator, module.generate_noise, args).noise(600)
@@ -304,7 +306,7 @@ def test_pipeline_walks_as_the_text_says(monkeypatch, tmp_path):
     """Interpolation: (1 - t) z1 + t z2 in 10 steps. Exploration: base + (-3 ... 3) in one dimension only."""
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
-    args = Namespace(latent_dim=6, classes=0, seed=3, noise="normal")
+    args = Namespace(latent_dim=6, classes=0, seed=3, noise="normal", dataset="digits")
     pipeline = common.Pipeline(Recorder(), load_script("02_dcgan").generate_noise, args)
     pipeline.interpolate(tmp_path)
     pipeline.explore([4] * 8, tmp_path)
@@ -339,9 +341,9 @@ def test_from_draws_the_class_that_was_asked_for(tmp_path, monkeypatch, label):
     """--class K: that class in every cell of every picture; without it, row r is class r."""
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, *rest, **more: drawn.append(samples))
-    torch.save({"generator": Labelled().state_dict()}, tmp_path / "checkpoint.pt")
+    torch.save({"generator": Labelled().state_dict(), "epoch": 1}, tmp_path / "checkpoint.pt")
     args = Namespace(run=str(tmp_path / "checkpoint.pt"), device="cpu", generate=30, interpolate=True, explore=2, label=label, styles=None,
-                     latent_dim=6, classes=10, seed=3)
+                     evaluate=None, dataset="digits", latent_dim=6, classes=10, seed=3)
     common.sample_run(Labelled(), load_script("04_cgan").generate_noise, args)
     assert len(drawn) == 3
     for samples in drawn:
@@ -354,7 +356,7 @@ def test_conditional_grid_has_one_row_per_class(tmp_path, monkeypatch):
     """Cell (row, column) is class `row` under the z of its column; what is missing to a full grid stays black."""
     drawn = []
     monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, paths=False: drawn.append((samples, columns)))
-    pipeline = common.Pipeline(Labelled(), load_script("04_cgan").generate_noise, Namespace(latent_dim=6, classes=10, seed=3))
+    pipeline = common.Pipeline(Labelled(), load_script("04_cgan").generate_noise, Namespace(latent_dim=6, classes=10, seed=3, dataset="digits"))
     z, labels = pipeline.latents(24)
     pipeline.generate(z, labels, tmp_path)
     samples, columns = drawn[0]

@@ -181,7 +181,7 @@ def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path, c
     of_critic, of_generator = ["real", *["critic labels"] * conditional, "z"], ["z", *["generator labels"] * conditional]
     monkeypatch.setattr(module, name, recorded(getattr(module, name), *of_critic))
     monkeypatch.setattr(module, "generator_step", recorded(module.generator_step, *of_generator))
-    module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "8",
+    module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "8", "--eval-interval", "0",
                  *["--width", "32", "--latent-dim", "8"] * (script == "06_stylegan_blocks"), "--output-dir", str(tmp_path)])
     critic_steps = 10 if name == "critic_step" else 2
     assert len(seen["real"]) == critic_steps and len(seen["z"]) == critic_steps + 2

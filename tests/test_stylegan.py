@@ -363,10 +363,13 @@ def test_average(module, generator):
     with torch.no_grad():
         for part in [*generator.parameters(), *generator.buffers()]:
             part += 1
-    module.update_average(average, generator)
+    common.update_average(average, generator, 0.998)
     for name, value in average.state_dict().items():
         if not name.endswith("extra_state"):
-            torch.testing.assert_close(value, before[name] + 1 - module.EMA_DECAY)
+            torch.testing.assert_close(value, before[name] + 1 - 0.998)
+    generator.level = 1.5
+    common.update_average(average, generator, 0.998)
+    assert average.level == 1.5
 
 
 def test_level_is_part_of_the_state(module, generator):
@@ -386,7 +389,8 @@ def run(tmp_path_factory):
     """A tiny training on drawn digits and its folder."""
     parent = tmp_path_factory.mktemp("runs")
     load_script("06_stylegan_blocks").main(["--dataset", "digits", "--epochs", "4", "--max-batches", "2", "--batch-size", "4",
-                                            "--width", "32", "--latent-dim", "8", "--device", "cpu", "--output-dir", str(parent)])
+                                            "--width", "32", "--latent-dim", "8", "--device", "cpu", "--eval-interval", "0",
+                                            "--output-dir", str(parent)])
     return parent / "06_stylegan_blocks-digits-0001"
 
 
@@ -420,7 +424,7 @@ def test_style_pictures_of_the_run_and_of_from(run, module):
 def test_layout_of_the_style_pictures(module, generator, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(common, "save_panels", lambda panels, path: drawn.append(panels))
-    pipeline = common.Pipeline(generator, module.generate_noise, Namespace(latent_dim=8, classes=0, seed=3))
+    pipeline = common.Pipeline(generator, module.generate_noise, Namespace(latent_dim=8, classes=0, seed=3, dataset="digits"))
     for draw in module.STYLES.values():
         draw(pipeline, path=tmp_path)
     mixing, truncation, noise = drawn
