@@ -114,7 +114,7 @@ class PointsCritic(nn.Sequential):
 
 
 NETWORKS = {"mlp": (Generator, Critic),
-            "conv": (lambda latent_dim, slope, **shape: ConvGenerator(latent_dim, **shape), ConvCritic),    # has no slope
+            "conv": (lambda latent_dim, slope, **shape: ConvGenerator(latent_dim, **shape), ConvCritic),   # no slope
             "gaussians": (PointsGenerator, PointsCritic)}
 
 

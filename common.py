@@ -57,13 +57,31 @@ from tqdm import tqdm
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
                 ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None)
 WISHES = {"generate", "interpolate", "explore", "styles", "evaluate"}  # what --from can do
-SAMPLING = WISHES | {"seed", "device", "label", "data_dir"}  # allowed beside --from
+SAMPLING = WISHES | {"seed", "device", "label"}  # allowed beside --from
 
 
 def fail(message, code=2):
     """Print one line on stderr and leave; exit code 2 means bad input."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all: write(temporary path), then give it its name."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stop_quietly(kind, error, traceback):
+    """An excepthook: Ctrl-C before a training has begun is no fault to trace back."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf, at_most=math.inf):
@@ -121,8 +139,8 @@ class Parser(argparse.ArgumentParser):
         self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
         self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
         self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
-        self.option("--eval-interval", "epochs between scores; 10,000 training images are then held out to choose "
-                    "best.pt. 0: no scores at all (default: scores at the end)",
+        self.option("--eval-interval", "epochs between scores; of images, every sixth is then held out of the training "
+                    "to choose best.pt. 0: no scores at all (default: scores at the end)",
                     type=number(int, at_least=0), metavar="N")
         self.option("--ema-decay", "sample from a moving average of the generator, which keeps this much per step",
                     type=number(float, at_least=0, below=1), metavar="X")
@@ -157,13 +175,16 @@ class Parser(argparse.ArgumentParser):
 
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
+        sys.excepthook = stop_quietly
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         self.given = set(given)
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
-        for name in sorted(SAMPLING - {"seed", "device", "data_dir"}):
+        for name in sorted(SAMPLING - {"seed", "device"}):
             if name in given:
                 fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
+        if given.get("dataset") == "folder" and given.get("eval_interval"):
+            fail("--eval-interval: images of your own have no test images and no classes to score samples with")
         planar = given.get("dataset") in MIXTURES
         if planar and "variant" in given:
             fail(f"{self._flag('variant')} {given['variant']} is for images; "
@@ -196,13 +217,14 @@ class Parser(argparse.ArgumentParser):
             fail(f"--from: {path} was trained by {script}.py; give it to that script")
         row = self.constants.get(options.get("variant"), {})
         options = {**DEFAULTS, **row, **options}  # a run may be older than a flag
+        allowed = SAMPLING | ({"data_dir"} if "evaluate" in given else set())
         for name, value in given.items():
-            if name not in SAMPLING and options.get(name) != value:
+            if name not in allowed and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
                      "--from trains nothing")
         if given.get("explore", 0) >= latent_dim:
             fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {latent_dim - 1}")
-        if not WISHES & given.keys():
+        if not WISHES & given.keys() or given.keys() >= {"evaluate", "label"} and len(WISHES & given.keys()) == 1:
             given["generate"] = 64
         return {**options, **dict.fromkeys(WISHES), "label": None, "device": "auto", **given, "run": str(path)}
 
@@ -647,12 +669,9 @@ def sample_run(generator, draw_noise, args, styles=None):
 
     styles: what --styles draws, {name: function of the pipeline and a path}.
     """
-    generator.to(pick_device(args.device))
-    pipeline, path = Pipeline(generator, draw_noise, args), Path(args.run)
-    if args.evaluate:
-        evaluate_run(pipeline, path)
-    load_generator(generator, path)
-    folder = path.parent / "samples"
+    load_generator(generator, Path(args.run))
+    pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
+    folder = Path(args.run).parent / "samples"
 
     wishes = {}
     if args.generate:
@@ -673,6 +692,8 @@ def sample_run(generator, draw_noise, args, styles=None):
         except OSError as error:
             fail(f"--from: {path} cannot be written ({error.strerror})")
         print(path)
+    if args.evaluate:
+        evaluate_run(pipeline, Path(args.run))
 
 
 def load_generator(generator, path):
@@ -687,17 +708,21 @@ def load_generator(generator, path):
 
 def evaluate_run(pipeline, path):
     """--evaluate: score a checkpoint, and with checkpoint.pt the best.pt beside it; writes metrics.json."""
+    whole = path.name == "checkpoint.pt"
+    files = [path] + [path.with_name("best.pt")] * (whole and path.with_name("best.pt").exists())
+    for file in files:  # a damaged one is refused before the work begins
+        load_generator(pipeline.generator, file)
     scorer = make_scorer(pipeline.args)
     if not scorer:
-        fail("--evaluate: there are no scores for images of your own, which have no test images and no classes")
-    best = [path.with_name("best.pt")] if path.name == "checkpoint.pt" and path.with_name("best.pt").exists() else []
-    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)}
-              for file in [path, *best]}
+        fail("--evaluate: images of your own have no test images and no classes to score samples with")
+    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)} for file in files}
     show_scores(scorer, scores)
+    target = path.with_name("metrics.json" if whole else f"metrics-{path.stem}.json")
     try:
-        save_scores(scorer, pipeline.args.seed, scores, path.parent)
+        save_scores(scorer, pipeline.args.seed, scores, target)
+        print(target)
     except OSError as error:
-        fail(f"--from: {path.parent / 'metrics.json'} cannot be written ({error.strerror})")
+        fail(f"--from: {target} cannot be written ({error.strerror})")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -707,7 +732,7 @@ def evaluate_run(pipeline, path):
 SCORES = {  # name in metrics.json and log.jsonl: title in the table, format, what is best
     "IS": ("Inception Score", ".3f", "high, at most 10"), "FD": ("Frechet distance", ".3f", "low"),
     "FD_held_out": ("  to held-out training images", ".3f", "low: chooses best.pt"),
-    "precision": ("precision", ".3f", "high: samples look real"),
+    "precision": ("precision", ".3f", "high, if recall is: samples look real"),
     "recall": ("recall", ".3f", "high: samples vary as the data do"),
     "classes": ("classes covered", "g", "10"), "modes": ("modes captured", "g", "all"),
     "in_mode": ("samples within 3 sigma", ".3f", "as the perfect sampler"),
@@ -762,8 +787,8 @@ def precision_recall(features, reference):
 
 def divergence(counts, shares):
     """KL(counts / their sum || shares) in nats, both [K]; None if nothing was counted, or what has no share."""
-    p = counts.double() / counts.sum()
-    value = torch.special.xlogy(p, p / shares).sum().item()
+    p, shares = counts.double() / counts.sum(), torch.as_tensor(shares, dtype=torch.float64)
+    value = (torch.special.xlogy(p, p) - torch.special.xlogy(p, shares)).sum().item()
     return value if math.isfinite(value) else None
 
 
@@ -782,9 +807,13 @@ def make_classifier():
 
 
 def train_classifier(images, labels):
-    """make_classifier's network after three epochs of uint8 images [N, 1, 28, 28] and labels [N], in eval mode."""
+    """make_classifier's network after three epochs of uint8 images [N, 1, 28, 28] and labels [N], in eval mode.
+
+    It learns to read with up to half of the pixels erased: strokes of generated digits have holes and frayed edges,
+    which do not hinder a person either.
+    """
     epochs, batch = 3, 256
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # the CPU's alone: a training on another device keeps its random numbers
     network = make_classifier()
     order = torch.cat([torch.randperm(len(images))[:len(images) // batch * batch] for _ in range(epochs)])
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
@@ -792,7 +821,8 @@ def train_classifier(images, labels):
     for index in tqdm(order.split(batch), desc="classifier", unit="step", disable=None, leave=False):
         down, right = torch.randint(3, (2,)).tolist()  # each batch is shifted by up to a pixel
         shifted = F.pad(images[index] / 255, (1, 1, 1, 1))[:, :, down:down + 28, right:right + 28]
-        loss = F.cross_entropy(network(shifted), labels[index])
+        kept = torch.rand_like(shifted) > torch.rand(batch, 1, 1, 1) / 2
+        loss = F.cross_entropy(network(shifted * kept), labels[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -803,9 +833,9 @@ def train_classifier(images, labels):
 @torch.random.fork_rng(devices=[])  # the random numbers of a training are left alone
 def load_classifier(data):
     """The classifier for this data; trained once, then kept in the user's cache folder."""
-    recipe = inspect.getsource(make_classifier) + inspect.getsource(train_classifier)
+    recipe = inspect.getsource(make_classifier) + inspect.getsource(train_classifier) + str(FEATURES)
     key = hashlib.sha256(recipe.encode() + data.samples.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gan-scripts")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gan-scripts")
     path = folder / f"classifier-{data.name}-{key[:16]}.pt"
     if path.exists():
         try:
@@ -818,12 +848,15 @@ def load_classifier(data):
     network = train_classifier(data.samples, data.labels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{path.name}.{os.getpid()}"
-        torch.save(network.state_dict(), temporary)
-        os.replace(temporary, path)
+        write_whole(path, functools.partial(torch.save, network.state_dict()))
     except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
         print(f"scores  the classifier cannot be kept in {folder}: {error}")
     return network
+
+
+def refuse_nan(samples):
+    if not samples.isfinite().all():
+        fail("the generator's samples are not finite numbers: there is nothing to score", code=1)
 
 
 def mixture_scores(points, centres, sigma):
@@ -833,9 +866,11 @@ def mixture_scores(points, centres, sigma):
     that of the counts from K equal shares, None if no point counts.
     """
     distance, nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    refuse_nan(points)
     counts = nearest[distance < 3 * sigma].bincount(minlength=len(centres))
     return {"modes": (counts > 0).sum().item(), "in_mode": counts.sum().item() / len(points),
-            "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist()}
+            "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist(),
+            "distinct": len(points.unique(dim=0))}
 
 
 class PointScorer:
@@ -895,8 +930,7 @@ class ImageScorer:
         """Features [N, FEATURES] and class probabilities [N, 10] of batches of images in [-1, 1]."""
         features = []
         for images in batches:
-            if not images.isfinite().all():
-                fail("the generator's samples are not finite: there is nothing to score", code=1)
+            refuse_nan(images)
             pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
             if pixels.size(3) != 28:
                 pixels = F.adaptive_avg_pool2d(pixels, 32)[:, :, 2:-2, 2:-2]  # back from `enlarge`
@@ -915,7 +949,7 @@ class ImageScorer:
         precision, recall = precision_recall(features, self.reference[0])
         scores = {"IS": inception_score(probabilities), "FD": frechet_distance(features, self.reference[0]),
                   "precision": precision, "recall": recall,
-                  "classes": (counts >= 0.1 * shares * len(reading)).sum().item(), "KL": divergence(counts, shares)}
+                  "classes": (shares[counts > 0.1 * shares * len(reading)] > 0).sum().item(), "KL": divergence(counts, shares)}
         if self.args.classes:
             scores["as_asked"] = (reading == labels).double().mean().item()
         return {**scores, "counts": counts.tolist(), "distinct": len(features.unique(dim=0))}
@@ -926,7 +960,8 @@ class ImageScorer:
 
     @functools.cached_property
     def floor(self):
-        return self.compare(*self.held_out_features, self.held_out.labels)
+        scores = self.compare(*self.held_out_features, self.held_out.labels)
+        return scores | {"FD_held_out": scores["FD"]} if self.args.eval_interval else scores
 
     def __call__(self, pipeline):
         z, labels = pipeline.noise(self.about["samples"]), self.test.labels  # the classes as often as in the data
@@ -954,9 +989,10 @@ class StackedScorer(ImageScorer):
         return pixels.flatten(0, 1)[:, None]
 
     def count(self, batches):
-        reading = self.read(batches)[1].argmax(1)
-        counts = (reading.view(-1, 3) @ torch.tensor([100, 10, 1])).bincount(minlength=1000)
-        return {"modes": (counts > 0).sum().item(), "KL": divergence(counts, 1 / 1000)}
+        features, probabilities = self.read(batches)
+        counts = (probabilities.argmax(1).view(-1, 3) @ torch.tensor([100, 10, 1])).bincount(minlength=1000)
+        return {"modes": (counts > 0).sum().item(), "KL": divergence(counts, 1 / 1000),
+                "distinct": len(features.view(len(features) // 3, -1).unique(dim=0))}
 
     @functools.cached_property
     def floor(self):
@@ -1002,11 +1038,10 @@ def show_scores(scorer, scores):
               "with its floor only")
 
 
-def save_scores(scorer, seed, scores, folder):
-    """The same as metrics.json, whole or not at all."""
+def save_scores(scorer, seed, scores, path):
+    """The same as a JSON file."""
     content = {**scorer.about, "seed": seed, **scores, scorer.floor_name: scorer.floor}
-    (folder / "metrics.tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(folder / "metrics.tmp", folder / "metrics.json")
+    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1039,6 +1074,7 @@ def prepare(args, classes=0):
     shape = list(data.samples.shape[1:])
     print(f"data    {data.name}, {len(data.samples)} samples of {shape}, batch {args.batch_size}")
     return data
+
 
 @torch.no_grad()
 def update_average(average, generator, decay):
@@ -1190,6 +1226,7 @@ class Run:
         if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
             self.scores["best.pt"] = scores
             self.save_checkpoint("best.pt")
+        save_scores(self.scorer, self.args.seed, self.scores, self.folder / "metrics.json")
 
     def _print(self, line):
         tqdm.write(line)
@@ -1212,8 +1249,7 @@ class Run:
         """Write a checkpoint whole or not at all: options, position and all states."""
         content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
                    **{name: part.state_dict() for name, part in self.state.items()}}
-        torch.save(content, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / name)
+        write_whole(self.folder / name, functools.partial(torch.save, content))
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
@@ -1233,7 +1269,6 @@ class Run:
             save_film(self.pictures, self.samples / "progress.gif")
             if self.scorer:
                 show_scores(self.scorer, self.scores)
-                save_scores(self.scorer, self.args.seed, self.scores, self.folder)
             print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
             print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")
 
