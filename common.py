@@ -567,13 +567,16 @@ def save_panels(panels, path):
 
 
 def save_curves(history, plots, path):
-    """One panel per plot (title, quantities, {label: value to expect at last}) over the epochs of `history`."""
-    figure = Figure(figsize=(5 * len(plots), 3.6), layout="constrained")
-    for axes, (title, names, guides) in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots):
+    """Panels, four in a row: (title, quantities, {label: value to expect at last}) over the epochs of `history`."""
+    rows, columns = math.ceil(len(plots) / 4), min(4, len(plots))
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid[len(plots):]:
+        axes.axis("off")
+    for axes, (title, names, guides) in zip(grid, plots):
         for name in names:
-            rows = [row for row in history if row.get(name) is not None]  # scores are not in every epoch's
-            axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], label=name,
-                      marker="." if len(rows) < len(history) or len(rows) == 1 else None)
+            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]  # scores: not in all
+            axes.plot(*zip(*points), label=name, marker="." if len(points) < max(2, len(history)) else None)
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
         axes.set(title=title, xlabel="epoch")
@@ -947,9 +950,10 @@ class ImageScorer:
         reading, shares = probabilities.argmax(1), self.test.labels.bincount(minlength=10) / len(self.test.labels)
         counts = reading.bincount(minlength=10)
         precision, recall = precision_recall(features, self.reference[0])
+        covered = shares[counts > 0.1 * shares * len(reading)] > 0
         scores = {"IS": inception_score(probabilities), "FD": frechet_distance(features, self.reference[0]),
                   "precision": precision, "recall": recall,
-                  "classes": (shares[counts > 0.1 * shares * len(reading)] > 0).sum().item(), "KL": divergence(counts, shares)}
+                  "classes": covered.sum().item(), "KL": divergence(counts, shares)}
         if self.args.classes:
             scores["as_asked"] = (reading == labels).double().mean().item()
         return {**scores, "counts": counts.tolist(), "distinct": len(features.unique(dim=0))}
@@ -982,7 +986,7 @@ class StackedScorer(ImageScorer):
     def __init__(self, args):
         super().__init__(argparse.Namespace(**{**vars(args), "channels": 1}))
         self.triples = Data("", *stack_digits(self.test.samples, self.test.labels, "test"))
-        self.about |= {"samples": len(self.triples.samples), "against": "the 1000 equal modes of stacked-mnist"}
+        self.about |= {"samples": len(self.triples.samples), "against": "1000 equal modes of three test images"}
 
     def digits(self, pixels):
         """Each channel [3 N, 1, 28, 28]."""
@@ -1011,14 +1015,19 @@ def make_scorer(args):
     return ImageScorer(args) if args.dataset in CLASSIFIED else None
 
 
+def announcement(scorer):
+    """What is scored and, of images, by which classifier."""
+    line = f"scores  {scorer.about['samples']} samples against {scorer.about['against']}"
+    reader = scorer.about.get("classifier")
+    return line + (f", read by a classifier that is right on {reader['accuracy']:.2%} of these, "
+                   f"fingerprint {reader['fingerprint']}" if reader else "")
+
+
 def show_scores(scorer, scores):
     """The table on the terminal; scores: {checkpoint: its epoch and scores}."""
     columns = {f"{Path(name).stem}, epoch {row['epoch']}": row for name, row in scores.items()}
     columns[scorer.floor_name] = scorer.floor
-    print(f"scores  {scorer.about['samples']} samples against {scorer.about['against']}")
-    if "classifier" in scorer.about:
-        print("read    by a classifier right on {accuracy:.2%} of the test images, fingerprint {fingerprint}"
-              .format(**scorer.about["classifier"]))
+    print(announcement(scorer))
     widths = {heading: max(11, len(heading) + 2) for heading in columns}
     print(" " * 32 + "".join(f"{heading:>{width}}" for heading, width in widths.items()))
     for name, (title, form, best) in SCORES.items():
@@ -1109,7 +1118,9 @@ class Run:
         self.scorer = make_scorer(args) if args.eval_interval != 0 else None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
-        if not self.scorer and args.eval_interval != 0:
+        if self.scorer:
+            print(announcement(self.scorer))
+        elif args.eval_interval != 0:
             print("scores  none: images of your own have no test images and no classes to read")
         self.rates = [(group, group["lr"]) for part in state.values() if isinstance(part, torch.optim.Optimizer)
                       for group in part.param_groups]

@@ -584,7 +584,7 @@ def test_training_on_stacked_digits(few_digits, monkeypatch, tmp_path, capsys, s
     output = capsys.readouterr().out
     folder = tmp_path / f"{script}-stacked-mnist-0001"
     assert "data    stacked-mnist, 300 samples of [3, 28, 28], batch 16" in output
-    assert "300 samples against the 1000 equal modes of stacked-mnist" in output
+    assert "300 samples against 1000 equal modes of three test images" in output
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["perfect sampler"]["modes"] > 200 and metrics["checkpoint.pt"]["KL"] > metrics["perfect sampler"]["KL"]
     with Image.open(folder / "samples" / "real.png") as image:
