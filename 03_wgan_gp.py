@@ -63,7 +63,7 @@ class Critic(nn.Sequential):
 
 
 class ConvGenerator(nn.Sequential):
-    """Example 4's, as example 5 has it: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065."""
+    """Example 4's, as example 5 has it: z [N, latent_dim] -> images [N, channels, 28, 28]; 856,065 parameters."""
 
     def __init__(self, latent_dim=100, channels=1):
         super().__init__(
@@ -114,7 +114,7 @@ class PointsCritic(nn.Sequential):
 
 
 NETWORKS = {"mlp": (Generator, Critic),
-            "conv": (lambda latent_dim, slope, **shape: ConvGenerator(latent_dim, **shape), ConvCritic),   # no slope
+            "conv": (lambda latent_dim, slope, **shape: ConvGenerator(latent_dim, **shape), ConvCritic),
             "gaussians": (PointsGenerator, PointsCritic)}
 
 

@@ -35,7 +35,7 @@ import common
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0.0, beta2=0.99, latent_dim=64, slope=0.2,
                      image_size=32, channels=1, width=64, progressive="on", style_mixing_prob=0.9, r1_weight=1.0,
-                     ema_decay=0.998),  # the average's half-life: about 10,000 images, as StyleGAN's
+                     ema_decay=0.998),  # samples are of a moving average of G: half-life 10,000 images, as StyleGAN's
 }
 MAPPING_RATE = 0.1      # the mapping network's learning rate, in parts of lr_g
 W_DECAY = 0.995         # per step, of the moving average of w (StyleGAN's code)

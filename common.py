@@ -7,8 +7,7 @@
 5  Scores          what a generator has learned, in numbers (sections 3.2 and 3.6, exercises 2 and 5)
 6  Run             the folder, the epoch line, the log and the checkpoint of one training
 
-A reader who follows the text can skip this file but for section 5: no network, loss or training step of a GAN
-is in it.
+Beside the text a reader needs section 5 alone: no network, loss or training step of a GAN is in this file.
 """
 
 import argparse
@@ -139,8 +138,8 @@ class Parser(argparse.ArgumentParser):
         self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
         self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
         self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
-        self.option("--eval-interval", "epochs between scores; of images, every sixth is then held out of the training "
-                    "to choose best.pt. 0: no scores at all (default: scores at the end)",
+        self.option("--eval-interval", "epochs between scores; mnist, fashion-mnist and digits then hold out every "
+                    "sixth training image to choose best.pt. 0: no scores (default: scores at the end)",
                     type=number(int, at_least=0), metavar="N")
         self.option("--ema-decay", "sample from a moving average of the generator, which keeps this much per step",
                     type=number(float, at_least=0, below=1), metavar="X")
@@ -458,7 +457,7 @@ def stack_digits(images, labels, split):
 
 
 def hold_out(data):
-    """(Data without every sixth sample, those samples): what neither the classifier nor, if asked, a GAN trains on."""
+    """(The rest, every sixth sample). No classifier trains on the latter; a GAN does unless it has --eval-interval."""
     held = torch.arange(len(data.samples), device=data.samples.device) % 6 == 5
     return (Data(data.name, data.samples[part], data.labels[part]) for part in (~held, held))
 
@@ -735,10 +734,10 @@ def evaluate_run(pipeline, path):
 SCORES = {  # name in metrics.json and log.jsonl: title in the table, format, what is best
     "IS": ("Inception Score", ".3f", "high, at most 10"), "FD": ("Frechet distance", ".3f", "low"),
     "FD_held_out": ("  to held-out training images", ".3f", "low: chooses best.pt"),
-    "precision": ("precision", ".3f", "high, if recall is: samples look real"),
+    "precision": ("precision", ".3f", "high: samples look real (void if recall is near 0)"),
     "recall": ("recall", ".3f", "high: samples vary as the data do"),
     "classes": ("classes covered", "g", "10"), "modes": ("modes captured", "g", "all"),
-    "in_mode": ("samples within 3 sigma", ".3f", "as the perfect sampler"),
+    "high_quality": ("samples within 3 sigma", ".3f", "as the perfect sampler"),
     "KL": ("KL divergence of the shares", ".4f", "low"), "as_asked": ("classes as asked for", ".3f", "high"),
 }
 CLASSIFIED = ("mnist", "fashion-mnist", "digits")  # data sets of ten classes of grey 28x28 images
@@ -839,7 +838,7 @@ def load_classifier(data):
     recipe = inspect.getsource(make_classifier) + inspect.getsource(train_classifier) + str(FEATURES)
     key = hashlib.sha256(recipe.encode() + data.samples.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gan-scripts")
-    path = folder / f"classifier-{data.name}-{key[:16]}.pt"
+    path = folder / f"classifier-{key[:16]}.pt"
     if path.exists():
         try:
             network = make_classifier()
@@ -871,7 +870,7 @@ def mixture_scores(points, centres, sigma):
     distance, nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     refuse_nan(points)
     counts = nearest[distance < 3 * sigma].bincount(minlength=len(centres))
-    return {"modes": (counts > 0).sum().item(), "in_mode": counts.sum().item() / len(points),
+    return {"modes": (counts > 0).sum().item(), "high_quality": counts.sum().item() / len(points),
             "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist(),
             "distinct": len(points.unique(dim=0))}
 
@@ -879,8 +878,8 @@ def mixture_scores(points, centres, sigma):
 class PointScorer:
     """Scores of a generator of points; its floor is the mean of 100 perfect samplers'."""
 
-    floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("samples within 3 sigma", ["in_mode"]),
-                                             ("KL divergence", ["KL"])]
+    floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("KL divergence", ["KL"]),
+                                             ("samples within 3 sigma", ["high_quality"])]
     COUNT = 2500
 
     def __init__(self, args):
@@ -892,7 +891,7 @@ class PointScorer:
         rng = torch.Generator().manual_seed(3)
         draws = [mixture_scores(sample_mixture(self.name, self.COUNT, rng)[0], *MIXTURES[self.name])
                  for _ in range(100)]
-        return {name: sum(draw[name] for draw in draws) / len(draws) for name in ("modes", "in_mode", "KL")}
+        return {name: sum(draw[name] for draw in draws) / len(draws) for name in ("modes", "high_quality", "KL")}
 
     def __call__(self, pipeline):
         return mixture_scores(pipeline(*pipeline.latents(self.COUNT)), *MIXTURES[self.name])
@@ -950,7 +949,7 @@ class ImageScorer:
         reading, shares = probabilities.argmax(1), self.test.labels.bincount(minlength=10) / len(self.test.labels)
         counts = reading.bincount(minlength=10)
         precision, recall = precision_recall(features, self.reference[0])
-        covered = shares[counts > 0.1 * shares * len(reading)] > 0
+        covered = (counts >= 0.1 * shares * len(reading)) & (shares > 0)
         scores = {"IS": inception_score(probabilities), "FD": frechet_distance(features, self.reference[0]),
                   "precision": precision, "recall": recall,
                   "classes": covered.sum().item(), "KL": divergence(counts, shares)}
@@ -986,7 +985,7 @@ class StackedScorer(ImageScorer):
     def __init__(self, args):
         super().__init__(argparse.Namespace(**{**vars(args), "channels": 1}))
         self.triples = Data("", *stack_digits(self.test.samples, self.test.labels, "test"))
-        self.about |= {"samples": len(self.triples.samples), "against": "1000 equal modes of three test images"}
+        self.about |= {"samples": len(self.triples.samples), "against": "1000 equally likely triples of test images"}
 
     def digits(self, pixels):
         """Each channel [3 N, 1, 28, 28]."""
@@ -1019,7 +1018,7 @@ def announcement(scorer):
     """What is scored and, of images, by which classifier."""
     line = f"scores  {scorer.about['samples']} samples against {scorer.about['against']}"
     reader = scorer.about.get("classifier")
-    return line + (f", read by a classifier that is right on {reader['accuracy']:.2%} of these, "
+    return line + (f", read by a classifier that is right on {reader['accuracy']:.2%} of the test images, "
                    f"fingerprint {reader['fingerprint']}" if reader else "")
 
 
@@ -1041,7 +1040,7 @@ def show_scores(scorer, scores):
         if column.get("distinct", math.inf) < 0.9 * scorer.about["samples"]:
             print(f"note    {heading}: of {scorer.about['samples']} samples only {column['distinct']} are distinct")
         if column["KL"] is None:
-            print(f"note    {heading}: no divergence, for no sample counts or the data lack a class")
+            print(f"note    {heading}: no divergence: no sample in a mode, or some in a class without test images")
     if "classifier" in scorer.about and scorer.about["samples"] <= FEATURES:
         print(f"note    {scorer.about['samples']} samples for {FEATURES} features: compare the Frechet distance "
               "with its floor only")
@@ -1101,7 +1100,7 @@ class Run:
     plots: the panels of curves.png, as save_curves takes them.
     styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
     state: every module and optimizer of the training by name, `generator` among them. With --ema-decay
-        `average`, its moving average, is one more, and the one that is sampled and scored.
+        its moving average is added as `average`; that one is sampled and scored.
 
         with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
             for batches in run.epochs():        # an endless stream of real batches per epoch

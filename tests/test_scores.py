@@ -124,7 +124,7 @@ def test_mixtures(name, modes):
     assert offsets.mean(0).abs().max() < 0.02 and (offsets.std(0) - 1).abs().max() < 0.02
     floor = common.PointScorer(Namespace(dataset=name)).floor
     assert floor["modes"] == modes
-    assert floor["in_mode"] == pytest.approx(1 - math.exp(-4.5), abs=0.001), "chi-squared of two dimensions at 3 sigma"
+    assert floor["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.001), "chi-squared of two dimensions at 3 sigma"
     assert floor["KL"] == pytest.approx((modes - 1) / (2 * 2500), rel=0.2), "the bias of a plug-in estimate"
 
 
@@ -141,15 +141,15 @@ def test_planted_collapse_of_points(name):
     centres, sigma = common.MIXTURES[name]
     kept = centres[:len(centres) // 2].repeat(50, 1)
     scores = common.mixture_scores(kept, centres, sigma)
-    assert scores["modes"] == len(centres) // 2 and scores["in_mode"] == 1
+    assert scores["modes"] == len(centres) // 2 and scores["high_quality"] == 1
     assert scores["KL"] == pytest.approx(math.log(len(centres) / (len(centres) // 2)), rel=1e-6)
     one = torch.cat([kept, centres[-1:]])  # a single point captures a mode
     assert common.mixture_scores(one, centres, sigma)["modes"] == len(centres) // 2 + 1
     edge = centres[:1] + torch.tensor([[2.99 * sigma, 0], [3.01 * sigma, 0], [2.2 * sigma, 2.2 * sigma]])
     scores = common.mixture_scores(edge, centres, sigma)  # a disc, no square
-    assert scores["counts"][0] == 1 and scores["in_mode"] == pytest.approx(1 / 3)
+    assert scores["counts"][0] == 1 and scores["high_quality"] == pytest.approx(1 / 3)
     nowhere = common.mixture_scores(torch.full((10, 2), 99.0), centres, sigma)
-    assert (nowhere["modes"], nowhere["in_mode"], nowhere["KL"]) == (0, 0, None)
+    assert (nowhere["modes"], nowhere["high_quality"], nowhere["KL"]) == (0, 0, None)
 
 
 # ------------------------------------------------------------------------------------- classifier
@@ -319,8 +319,10 @@ def test_another_reference_shows(scorer):
     pipeline = pipeline_of(scorer)
     before = scorer(pipeline)
     low = scorer.test.labels < 5
+    fingerprint = scorer.about["classifier"]["fingerprint"]
     scorer.reference = tuple(part[low] for part in scorer.reference)
     half = scorer(pipeline)
+    assert half["recall"] != before["recall"]
     assert half["FD"] > 1.5 * before["FD"] and half["precision"] < 0.8 * before["precision"]
     assert half["FD_held_out"] == before["FD_held_out"] and half["IS"] == before["IS"], "these have no part in it"
     scorer.held_out_features = scorer.reference
@@ -329,6 +331,12 @@ def test_another_reference_shows(scorer):
     scorer.test = common.Data("", scorer.test.samples, asked % 5)
     samples = [pipeline(pipeline.noise(1000), asked)]
     shares = scorer.compare(*scorer.read(samples), asked % 5)
+    with pytest.MonkeyPatch.context() as patch:  # another classifier, labels that are wrong
+        digits = common.draw_digits
+        patch.setattr(common, "draw_digits", lambda split: (digits(split)[0], (digits(split)[1] + 1) % 10))
+        patch.setattr(common, "load_classifier", lambda data: common.make_classifier().eval())
+        about = common.make_scorer(scorer.args).about["classifier"]
+        assert about["fingerprint"] != fingerprint and about["accuracy"] < 0.5
     assert shares["KL"] is None and shares["classes"] == 5 and shares["as_asked"] < 0.6
 
 
@@ -433,11 +441,34 @@ def test_curves_hold_the_trajectory(train, monkeypatch):
 
 
 def test_scoring_leaves_the_training_alone(train):
-    """--eval-interval 0 trains the same; so does a moving average, of which the samples and scores are."""
+    """No scores, or scores after each epoch, train the same; so does a moving average, which is what is scored."""
     names = ["W", "penalty", "grad_norm", "loss_C", "loss_G"]
-    rows = [[{name: row[name] for name in names} for row in read_log(train("03_wgan_gp", "--epochs", 2, *flags))]
-            for flags in ([], ["--eval-interval", 0], ["--ema-decay", 0.9])]
-    assert rows[0] == rows[1] == rows[2]
+    for data, settings in [("digits", ([], ["--eval-interval", 0], ["--ema-decay", 0.9])),
+                           ("ring", (["--eval-interval", 0], ["--eval-interval", 1]))]:
+        logs = [read_log(train("03_wgan_gp", "--epochs", 2, "--dataset", data, *flags)) for flags in settings]
+        rows = [[{name: row[name] for name in names} for row in log] for log in logs]
+        assert all(row == rows[0] for row in rows)
+
+
+def test_best_is_chosen_by_held_out_images_alone(train, monkeypatch):
+    """Of FD_held_out 3, 1, 2 the second epoch's is best.pt, though its distance to the test images is the largest."""
+    values = iter([(3, 1), (1, 3), (2, 2)])
+    compare, held_out = common.ImageScorer.compare, []
+
+    def faked(scorer, pipeline):
+        held_out.append(scorer.held_out)
+        chosen, shown = next(values)
+        return {**compare(scorer, *scorer.reference, scorer.test.labels), "FD": shown, "FD_held_out": chosen}
+
+    seen = []
+    batches = common.Data.batches
+    monkeypatch.setattr(common.Data, "batches", lambda data, size: seen.append(data) or batches(data, size))
+    monkeypatch.setattr(common.ImageScorer, "__call__", faked)
+    folder = train("03_wgan_gp", "--epochs", 3, "--eval-interval", 1)
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 2
+    assert json.loads((folder / "metrics.json").read_text())["best.pt"]["epoch"] == 2
+    kept, trained = ({image.numpy().tobytes() for image in data.samples} for data in (held_out[0], seen[0]))
+    assert len(kept) > 1900 and not kept & trained, "what chooses was not trained on"
 
 
 def test_moving_average(train, tmp_path):
@@ -487,9 +518,9 @@ def test_points_are_scored(train, capsys):
     output = capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["against"] == "the 8 Gaussians of ring" and metrics["samples"] == 2500 and not (folder / "best.pt").exists()
-    assert metrics["perfect sampler"]["modes"] == 8 and len(metrics["checkpoint.pt"]["counts"]) == 8
+    assert metrics["perfect sampler"]["modes"] == 8 and sum(metrics["checkpoint.pt"]["counts"]) <= 2500
     assert table(output)["modes captured"][1] == "8"
-    assert [set(row) >= {"modes", "in_mode", "KL"} for row in read_log(folder)] == [True, True]
+    assert [set(row) >= {"modes", "high_quality", "KL"} for row in read_log(folder)] == [True, True]
     with pytest.raises(SystemExit) as stop:
         common.mixture_scores(torch.full((5, 2), math.nan), *common.MIXTURES["ring"])
     assert stop.value.code == 1
@@ -512,6 +543,7 @@ def test_ctrl_c_keeps_the_scores(train, monkeypatch, capsys):
 
 def test_ctrl_c_before_the_training(monkeypatch, capsys):
     """While data are drawn or the classifier is trained: one line."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
     assert common.Parser("03_wgan_gp.py", "", load_script("03_wgan_gp").CONSTANTS).options([])
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted\n"
@@ -584,7 +616,7 @@ def test_training_on_stacked_digits(few_digits, monkeypatch, tmp_path, capsys, s
     output = capsys.readouterr().out
     folder = tmp_path / f"{script}-stacked-mnist-0001"
     assert "data    stacked-mnist, 300 samples of [3, 28, 28], batch 16" in output
-    assert "300 samples against 1000 equal modes of three test images" in output
+    assert "300 samples against 1000 equally likely triples of test images" in output
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["perfect sampler"]["modes"] > 200 and metrics["checkpoint.pt"]["KL"] > metrics["perfect sampler"]["KL"]
     with Image.open(folder / "samples" / "real.png") as image:

@@ -372,6 +372,18 @@ def test_average(module, generator):
     assert average.level == 1.5
 
 
+def test_learning_rates_fall_each_from_its_own(module, tmp_path, monkeypatch):
+    rates = []
+    step = module.generator_step
+    monkeypatch.setattr(module, "generator_step", lambda generator, discriminator, optimizer, *rest: (
+        rates.append([group["lr"] for group in optimizer.param_groups]), step(generator, discriminator, optimizer, *rest))[1])
+    monkeypatch.setattr(module, "STYLES", {})
+    module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "4", "--batch-size", "4", "--width", "32", "--latent-dim", "8",
+                 "--lr-decay", "1", "--device", "cpu", "--eval-interval", "0", "--output-dir", str(tmp_path)])
+    assert [fast for fast, _ in rates] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [slow for _, slow in rates] == pytest.approx([module.MAPPING_RATE * fast for fast, _ in rates])
+
+
 def test_level_is_part_of_the_state(module, generator):
     generator.level = 1.25
     other = module.Generator(**SMALL)
