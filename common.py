@@ -1095,7 +1095,7 @@ def update_average(average, generator, decay):
 
 
 class Run:
-    """One training: its folder, epoch lines, log, pictures and checkpoints.
+    """One training: its folder, epoch lines, log, pictures, scores and checkpoints.
 
     plots: the panels of curves.png, as save_curves takes them.
     styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
