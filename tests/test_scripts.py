@@ -373,7 +373,8 @@ def test_ctrl_c_keeps_a_checkpoint(tmp_path):
     if os.name == "nt":
         pytest.skip("Windows sends no SIGINT to one process")
     process = subprocess.Popen([sys.executable, "-u", "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "2", "--epochs", "100000",
-                                "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
     for line in process.stdout:
         if line.startswith("epoch") and " 3/" in line:
             process.send_signal(signal.SIGINT)
