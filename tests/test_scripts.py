@@ -374,7 +374,7 @@ def test_ctrl_c_keeps_a_checkpoint(tmp_path):
         pytest.skip("Windows sends no SIGINT to one process")
     process = subprocess.Popen([sys.executable, "-u", "03_wgan_gp.py", "--dataset", "gaussians", "--max-batches", "2", "--epochs", "100000",
                                 "--output-dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background jobs
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509  ignored in background jobs
     for line in process.stdout:
         if line.startswith("epoch") and " 3/" in line:
             process.send_signal(signal.SIGINT)
