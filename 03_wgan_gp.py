@@ -84,7 +84,7 @@ class ConvCritic(nn.Sequential):
             return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(slope), nn.Dropout2d(0.25)
 
         super().__init__(
-            *block(channels, 16),                                                          # [N, 16, 14, 14]
+            *block(channels, 16),                                                   # [N, 16, 14, 14]
             *block(16, 32),                                                         # [N, 32, 7, 7]
             *block(32, 64),                                                         # [N, 64, 4, 4]
             *block(64, 128),                                                        # [N, 128, 2, 2]
