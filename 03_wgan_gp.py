@@ -126,13 +126,20 @@ def generate_noise(count, args, device, generator=None):
 
 
 # ---------------------------------------------------------------------------------------- losses
+@common.fused("penalty")
+def penalty_of(gradient):
+    """mean((||g||_2 - 1)^2) over the samples' gradients [N, ...], and the norms [N]."""
+    norm = gradient.flatten(1).norm(2, dim=1)
+    return (norm - 1).square().mean(), norm
+
+
 def gradient_penalty(critic, real, fake):
     """mean((||g(xhat)||_2 - 1)^2), the third term of Q, and the mean norm; real and fake: [N, ...]."""
     epsilon = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)    # one per sample
     xhat = torch.lerp(fake, real, epsilon).requires_grad_()
     gradient, = torch.autograd.grad(critic(xhat).sum(), xhat, create_graph=True)    # g(xhat), [N, ...]
-    norm = gradient.flatten(1).norm(2, dim=1)                                       # [N]
-    return (norm - 1).square().mean(), norm.mean()
+    penalty, norm = penalty_of(gradient)
+    return penalty, norm.mean()
 
 
 # --------------------------------------------------------------------------------- training step
@@ -160,10 +167,11 @@ def generator_step(generator, critic, optimizer, z):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, stacked=True)
+    parser = common.Parser(__file__, __doc__, CONSTANTS, stacked=True, kernels="critic")
     parser.option("--critic", "networks and constants (default: mlp)", dest="variant", choices=["mlp", "conv"])
     parser.option("--gp-weight", "lambda of the gradient penalty", type=common.number(float, at_least=0), metavar="X")
     parser.option("--n-critic", "critic steps per generator step", type=common.number(int, at_least=1), metavar="N")
+    parser.option("--compare-kernels", "check and time the fused kernels", action="store_const", const=True)
     args = parser.options(argv)
     if args.dataset == "stacked-mnist" and args.variant == "mlp":
         common.fail("--dataset stacked-mnist needs --critic conv: the fully connected networks make one channel")
@@ -177,6 +185,12 @@ def main(argv=None):
     critic = make_critic(args.slope, **shape).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, (args.beta1, args.beta2))
+
+    if args.compare_kernels:
+        batches = data.batches(args.batch_size)
+        return common.compare_kernels(args, "penalty", penalty_of, lambda: critic_step(
+            generator, critic, optimizer_c, next(batches)[0],
+            generate_noise(args.batch_size, args, args.device), args.gp_weight))
 
     plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"target 1": 1}),
              ("gradient penalty", ["penalty"], {}), ("loss", ["loss_C", "loss_G"], {})]

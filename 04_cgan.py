@@ -75,13 +75,20 @@ def generate_condition(count, device):
 
 
 # ---------------------------------------------------------------------------------------- losses
+@common.fused("penalty")
+def penalty_of(gradient):
+    """mean((||g||_2 - 1)^2) over the samples' gradients [N, ...], and the norms [N]."""
+    norm = gradient.flatten(1).norm(2, dim=1)
+    return (norm - 1).square().mean(), norm
+
+
 def gradient_penalty(critic, real, fake, labels):
     """mean((||g(xhat, c)||_2 - 1)^2), the third term of Q, and the mean norm; real and fake: [N, 1, 28, 28]."""
     epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)                            # one per sample
     xhat = torch.lerp(fake, real, epsilon).requires_grad_()
     gradient, = torch.autograd.grad(critic(xhat, labels).sum(), xhat, create_graph=True)    # [N, 1, 28, 28]
-    norm = gradient.flatten(1).norm(2, dim=1)                                               # [N]
-    return (norm - 1).square().mean(), norm.mean()
+    penalty, norm = penalty_of(gradient)
+    return penalty, norm.mean()
 
 
 # --------------------------------------------------------------------------------- training step
@@ -109,7 +116,7 @@ def generator_step(generator, critic, optimizer, z, labels):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS)
+    parser = common.Parser(__file__, __doc__, CONSTANTS, kernels="critic")
     parser.option("--gp-weight", "lambda of the gradient penalty", type=common.number(float, at_least=0), metavar="X")
     parser.option("--n-critic", "critic steps per generator step", type=common.number(int, at_least=1), metavar="N")
     parser.option("--class", "with --from: draw this class alone", dest="label", type=int, choices=range(NUM_CLASSES))

@@ -73,6 +73,21 @@ class MappingNetwork(nn.Sequential):
         return super().forward(F.normalize(z) * math.sqrt(z.size(1)))  # z on a sphere (ProGAN, appendix A)
 
 
+@common.fused("adain")
+def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
+    """x [N, C, H, W] plus noise, normalised per sample and channel to a new scale and mean [N, C], activated.
+
+    noise: [N or 1, 1, H, W], its strength [1] or [C]. A slope of 1 is no LeakyReLU; the listing has one after the
+    normalisation, StyleGAN before it (erratum 36).
+    """
+    if noise is not None:
+        x = x + strength[:, None, None] * noise
+    if slope_before != 1:
+        x = F.leaky_relu(x, slope_before)
+    x = scale[:, :, None, None] * F.instance_norm(x) + bias[:, :, None, None]
+    return x if slope_after == 1 else F.leaky_relu(x, slope_after)
+
+
 class AdaptiveInstanceNorm(nn.Module):
     """Example 7: normalises x [N, C, H, W] per sample and channel; w [N, w_dim] gives the new scale and mean."""
 
@@ -81,9 +96,9 @@ class AdaptiveInstanceNorm(nn.Module):
         self.style_scale = scaled(nn.Linear(w_dim, num_features), gain=1)
         self.style_bias = scaled(nn.Linear(w_dim, num_features), gain=1)
 
-    def forward(self, x, w):
-        scale, bias = self.style_scale(w)[:, :, None, None], self.style_bias(w)[:, :, None, None]
-        return (1 + scale) * F.instance_norm(x) + bias          # 1 +: StyleGAN's code, erratum 38
+    def forward(self, x, w, noise=None, strength=None, slope=1.0):
+        scale = 1 + self.style_scale(w)                         # 1 +: StyleGAN's code, erratum 38
+        return adain(x, scale, self.style_bias(w), noise, strength, slope_after=slope)
 
 
 class StyleGANGeneratorBlock(nn.Module):
@@ -101,11 +116,11 @@ class StyleGANGeneratorBlock(nn.Module):
         self.conv2 = scaled(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.noise2 = nn.Parameter(torch.full((1,), NOISE_START))
         self.adain2 = AdaptiveInstanceNorm(out_channels, w_dim)
-        self.activation = nn.LeakyReLU(slope)
+        self.slope = slope
 
     def forward(self, x, w, noise):
-        x = self.activation(self.adain1(self.conv1(x) + self.noise1 * noise[:, :1], w))
-        return self.activation(self.adain2(self.conv2(x) + self.noise2 * noise[:, 1:], w))
+        x = self.adain1(self.conv1(x), w, noise[:, :1], self.noise1, self.slope)
+        return self.adain2(self.conv2(x), w, noise[:, 1:], self.noise2, self.slope)
 
 
 def channels_at(image_size, width):
@@ -331,7 +346,7 @@ STYLES = {"style_mixing": draw_style_mixing, "truncation": draw_truncation, "noi
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=(32, 64, 128))
+    parser = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=(32, 64, 128), kernels="generator")
     parser.option("--width", "channels at 4x4 and 8x8; halved with every doubling from there",
                   type=common.number(int, at_least=32, below=10_000), metavar="N")
     parser.option("--progressive", "grow from 4x4 on, or train at full size throughout", choices=["on", "off"])
@@ -339,6 +354,7 @@ def main(argv=None):
                   type=common.number(float, at_least=0, at_most=1), metavar="P")
     parser.option("--r1-weight", "weight of the R1 penalty", type=common.number(float, at_least=0), metavar="X")
     parser.option("--styles", "with --from: style mixing, truncation and noise", action="store_const", const=True)
+    parser.option("--compare-kernels", "check and time the fused kernels", action="store_const", const=True)
     args = parser.options(argv)
     shape = dict(slope=args.slope, image_size=args.image_size, channels=args.channels, width=args.width)
     if args.run:
@@ -353,6 +369,11 @@ def main(argv=None):
     groups = [{"params": synthesis}, {"params": generator.mapping.parameters(), "lr": args.lr_g * MAPPING_RATE}]
     optimizer_g = torch.optim.Adam(groups, args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
+
+    if args.compare_kernels:
+        return common.compare_kernels(args, "adain", adain, lambda: generator_step(
+            generator, discriminator, optimizer_g, generate_noise(args.batch_size, args, args.device),
+            args.style_mixing_prob))
 
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("loss", ["loss_D", "loss_G"], {"equilibrium 2 ln 2": 2 * math.log(2), "equilibrium ln 2": math.log(2)}),

@@ -49,6 +49,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from csrc import build, ops
+from csrc.ops import fused  # noqa: F401  for the scripts
+
 # ---------------------------------------------------------------------------------------------
 # 1  Command line
 # ---------------------------------------------------------------------------------------------
@@ -109,12 +112,15 @@ class Parser(argparse.ArgumentParser):
     image_sizes: what --image-size offers in a script whose networks come in several sizes; such a
     script also has --channels and takes images of your own, --dataset folder.
     stacked: the script's networks take the three channels of --dataset stacked-mnist.
+    kernels: which part of the script has fused kernels, and with it --kernels: "critic", which only a training uses,
+        or "generator", which --from uses too.
     """
 
-    def __init__(self, script, description, constants, image_sizes=(), stacked=False):
+    def __init__(self, script, description, constants, image_sizes=(), stacked=False, kernels=None):
         super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
-        self.constants = constants
+        self.constants, self.kernels = constants, kernels
+        self.defaults = {**DEFAULTS, "kernels": "auto", "compare_kernels": None} if kernels else DEFAULTS
         count = dict(type=number(int, at_least=1), metavar="N")
         size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
         rate = dict(type=number(float, above=0, below=1000), metavar="X")
@@ -128,6 +134,9 @@ class Parser(argparse.ArgumentParser):
         self.option("--latent-dim", "numbers in one latent vector z", **size)
         self.option("--seed", "seed of all random numbers", type=number(int, at_least=0, below=2**63), metavar="N")
         self.option("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+        if kernels:
+            self.option("--kernels", "fused ones from csrc/, or PyTorch's own operations (reference); auto: fused "
+                        "where they can be compiled", choices=["auto", "fused", "reference"])
         self.option("--dataset", "auto: MNIST if it is there or can be fetched, else digits", choices=datasets)
         self.option("--data-dir", "folder that holds, or receives, MNIST/raw" +
                     "; with --dataset folder your images, or a subfolder of them per class" * bool(image_sizes),
@@ -159,8 +168,8 @@ class Parser(argparse.ArgumentParser):
         values = {row: table[name] for row, table in self.constants.items() if name in table}
         if len(set(values.values())) == 1:
             values = {"": next(iter(values.values()))}
-        if not values and DEFAULTS.get(name) is not None:
-            values = {"": DEFAULTS[name]}
+        if not values and self.defaults.get(name) is not None:
+            values = {"": self.defaults[name]}
         default = ", ".join(f"{row} {value}".strip() for row, value in values.items())
         self.add_argument(flag, help=f"{help} (default: {default})" if default else help, **settings)
 
@@ -188,7 +197,9 @@ class Parser(argparse.ArgumentParser):
         if planar and "variant" in given:
             fail(f"{self._flag('variant')} {given['variant']} is for images; "
                  f"--dataset {given['dataset']} has networks of its own")
-        options = {"script": Path(self.prog).stem, **DEFAULTS}
+        if "compare_kernels" in given and given.setdefault("kernels", "fused") != "fused":
+            fail("--compare-kernels compares fused kernels with the reference; leave out --kernels")
+        options = {"script": Path(self.prog).stem, **self.defaults}
         row = given.setdefault("variant", "gaussians" if planar else next(iter(self.constants)))
         options.update(self.constants[row])
         options.update(given)
@@ -215,8 +226,9 @@ class Parser(argparse.ArgumentParser):
         if script != Path(self.prog).stem:
             fail(f"--from: {path} was trained by {script}.py; give it to that script")
         row = self.constants.get(options.get("variant"), {})
-        options = {**DEFAULTS, **row, **options}  # a run may be older than a flag
+        options = {**self.defaults, **row, **options}  # a run may be older than a flag
         allowed = SAMPLING | ({"data_dir"} if "evaluate" in given else set())
+        allowed |= {"kernels"} if self.kernels == "generator" else set()
         for name, value in given.items():
             if name not in allowed and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
@@ -225,7 +237,11 @@ class Parser(argparse.ArgumentParser):
             fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {latent_dim - 1}")
         if not WISHES & given.keys() or given.keys() >= {"evaluate", "label"} and len(WISHES & given.keys()) == 1:
             given["generate"] = 64
-        return {**options, **dict.fromkeys(WISHES), "label": None, "device": "auto", **given, "run": str(path)}
+        options |= {**dict.fromkeys(WISHES), "label": None, "device": "auto", "kernels": "auto", **given}
+        options["run"] = str(path)
+        if self.kernels != "generator":
+            del options["kernels"]  # none are used
+        return options
 
     def _flag(self, name):
         return next(action.option_strings[0] for action in self._actions if action.dest == name)
@@ -239,6 +255,22 @@ def pick_device(wanted):
     if not usable[wanted]:
         fail(f"--device {wanted}: this torch ({torch.__version__}) finds no such device here")
     return wanted
+
+
+def choose_kernels(args):
+    """Choose the kernels of `fused` formulas as --kernels says, and say what it came to; nothing in scripts without."""
+    if "kernels" in args:
+        try:
+            print(f"kernels {ops.choose(args.kernels, args.device)}")
+        except build.Unavailable as reason:
+            fail(f"--kernels fused: {reason}")
+
+
+def compare_kernels(args, kind, formula, step):
+    """--compare-kernels: a table, and a file of it in the output folder; step: one training step."""
+    from csrc.compare import compare  # compiles much on being imported
+
+    compare(kind, formula, step, args.device, Path(args.output_dir, f"{args.script}-kernels.json"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -671,8 +703,10 @@ def sample_run(generator, draw_noise, args, styles=None):
 
     styles: what --styles draws, {name: function of the pipeline and a path}.
     """
+    args.device = pick_device(args.device)
+    choose_kernels(args)
     load_generator(generator, Path(args.run))
-    pipeline = Pipeline(generator.to(pick_device(args.device)), draw_noise, args)
+    pipeline = Pipeline(generator.to(args.device), draw_noise, args)
     folder = Path(args.run).parent / "samples"
 
     wishes = {}
@@ -837,7 +871,7 @@ def load_classifier(data):
     """The classifier for this data; trained once, then kept in the user's cache folder."""
     recipe = inspect.getsource(make_classifier) + inspect.getsource(train_classifier) + str(FEATURES)
     key = hashlib.sha256(recipe.encode() + data.samples.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gan-scripts")
+    folder = build.cache_folder()
     path = folder / f"classifier-{key[:16]}.pt"
     if path.exists():
         try:
@@ -1072,6 +1106,7 @@ def prepare(args, classes=0):
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    choose_kernels(args)
     data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
     args.dataset, args.classes = data.name, classes
     if args.eval_interval and data.name in CLASSIFIED:

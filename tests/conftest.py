@@ -12,6 +12,14 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan", "05_sn_label_smoothing", "06_stylegan_blocks"]
 sys.path.insert(0, str(ROOT))
 import common
+from csrc import ops
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip("no GPU"))
 
 
 @functools.cache
@@ -43,6 +51,12 @@ def no_network(monkeypatch):
     for kind in (common.torchvision.datasets.MNIST, common.torchvision.datasets.FashionMNIST):
         monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setitem(os.environ, "no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_left(monkeypatch):
+    """A test that chooses kernels leaves none to the next one."""
+    monkeypatch.setattr(ops, "KERNELS", {})
 
 
 @pytest.fixture

@@ -1,0 +1,188 @@
+"""--compare-kernels: are the fused kernels right, and what do they gain? A table per shape, then the training step."""
+
+import contextlib
+import ctypes
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import common
+from csrc import ops
+
+ROUNDS = 9  # interleaved, so that a busy neighbour slows all alike
+TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what nearly cancels
+SHAPES = {"penalty": [(64, 784), (300, 784), (4096, 784), (512, 3072), (64, 49152)],
+          "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
+                    (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
+LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of as many samples as the last cache cannot hold
+PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
+
+
+def compare(kind, formula, step, device, path):
+    """Check and time the kernel `kind` against its formula and torch.compile; print a table, write it to `path`.
+
+    step: one training step, timed with the kernels and without.
+    """
+    about = {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "date": time.strftime("%Y-%m-%d"), "dtype": "float32"}
+    print(f"compare {kind} on {about['machine']}, {about['threads']} threads, torch {about['torch']}, float32; "
+          f"medians of {ROUNDS} rounds, +- half the interquartile range")
+
+    def without():
+        with ops.without_kernels():
+            step()
+
+    steps = measure({"reference": without, "fused": step}, device)
+    keep_freed_memory()
+    shapes, large = SHAPES[kind], beyond_the_cache(LARGE[kind], device)
+    if large is None:
+        print(f"compare no shape beyond the last cache: too little memory is free for {LARGE[kind]}")
+    print(f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
+          "GB/s  of copy  gain   error: reference, fused, compile")
+    rows = [row for shape in [*shapes, *[large] * bool(large)] for row in compare_shape(kind, formula, shape, device)]
+    gain = steps["reference"]["median"] / steps["fused"]["median"]
+    print(f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast")
+    path.write_text(json.dumps({**about, "rows": rows, "training_step": steps}, indent=1) + "\n")
+    print(f"saved   {path}")
+
+
+def compare_shape(kind, formula, shape, device):
+    """The two rows, forward and both passes, of one shape; prints them."""
+    torch._dynamo.reset()  # else it would try to compile one function for all shapes
+    functions = {"reference": formula.formula, "fused": formula, "torch.compile": torch.compile(formula.formula, dynamic=False)}
+    samples = max(1, min(shape[0], 2**23 * shape[0] // torch.Size(shape).numel()))  # float64 takes room
+    exact = results(kind, formula.formula, inputs(kind, (samples, *shape[1:]), device, torch.float64))
+    errors = {}
+    for name, function in functions.items():
+        try:
+            found = results(kind, function, inputs(kind, (samples, *shape[1:]), device, torch.float32))
+            errors[name] = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max().item()  # NaN stays
+        except Exception as reason:  # torch.compile needs more than the others; the row shows it
+            if name == "reference":
+                raise
+            errors[name] = f"{type(reason).__name__}: {reason}".splitlines()[0][:80]
+    sound = {name: function for name, function in functions.items()
+             if isinstance(errors[name], float) and errors[name] <= TOLERANCE}
+    tensors = inputs(kind, shape, device, torch.float32)
+    copy = torch.empty_like(tensors[0])
+    tasks = {("both passes", name): lambda f=f: results(kind, f, tensors) for name, f in sound.items()}
+    tasks |= {("forward", name): lambda f=f: forward(kind, f, tensors) for name, f in sound.items()}
+    times = measure({**tasks, "copy": lambda: copy.copy_(tensors[0].detach())}, device)
+    rows = []
+    for label, passes in zip(["forward", "both passes"], PASSES[kind]):
+        row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors, "checked_samples": samples,
+               "seconds": {name: times[label, name] for name in sound}}
+        if "fused" in sound:
+            row["bandwidth"] = row["bytes"] / row["seconds"]["fused"]["median"]
+            row["share_of_copy"] = row["bandwidth"] / (2 * copy.nbytes / times["copy"]["median"])
+        rows.append(row)
+        print_row(row)
+    return rows
+
+
+def print_row(row):
+    cells = [show(row["seconds"][name]) if name in row["seconds"] else "not timed: wrong" for name in
+             ("reference", "fused", "torch.compile")]
+    errors = ", ".join(f"{e:.0e}" if isinstance(e, float) else e for e in row["errors"].values())
+    rate = gain = share = float("nan")
+    if "fused" in row["seconds"]:
+        rate, share = row["bandwidth"] / 1e9, row["share_of_copy"]
+        gain = row["seconds"]["reference"]["median"] / row["seconds"]["fused"]["median"]
+    print(f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
+          f" {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
+
+
+def inputs(kind, shape, device, dtype):
+    """The tensors of one case, the same numbers in every dtype; those that get a gradient require one."""
+    rng = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=rng).to(device, dtype)
+
+    if kind == "penalty":
+        length = torch.Size(shape[1:]).numel()**0.5
+        return [normal(*shape).mul_(1.5 / length).requires_grad_()]  # norms about 1.5: (norm - 1)^2 keeps its digits
+    x, scale, bias, strength = normal(*shape), normal(*shape[:2]), normal(*shape[:2]), normal(1)
+    trained = [tensor.requires_grad_() for tensor in (x, scale, bias, strength)]
+    return [*trained[:3], normal(shape[0], 1, *shape[2:]), trained[3]]
+
+
+def forward(kind, function, tensors):
+    """As the scripts call it."""
+    return function(*tensors)[0] if kind == "penalty" else function(*tensors, slope_after=0.2)
+
+
+def results(kind, function, tensors):
+    """The value and every gradient, of the penalty or of the sum of AdaIN's squares halved: dy = y."""
+    value = forward(kind, function, tensors)
+    gradient = None if kind == "penalty" else value.detach()
+    return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], gradient)]
+
+
+def measure(tasks, device):
+    """Seconds per call of each task: {"median", "spread", "best"}, from rounds that visit all of them in turn."""
+    def seconds(task, repeats):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            task()
+        wait(device)
+        return (time.perf_counter() - start) / repeats
+
+    repeats, found = {}, {name: [] for name in tasks}
+    for name, task in tasks.items():
+        seconds(task, 2)  # warm up
+        repeats[name] = max(1, min(1000, int(0.02 / seconds(task, 1))))
+    for _ in range(ROUNDS):
+        for name, task in tasks.items():
+            found[name].append(seconds(task, repeats[name]))
+    summary = {}
+    for name, values in found.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        summary[name] = {"median": median, "spread": (high - low) / 2, "best": min(values)}
+    return summary
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(time):
+    """Milliseconds."""
+    return f"{time['median'] * 1e3:.3g} +-{time['spread'] * 1e3:.1g} ms"
+
+
+def machine(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def keep_freed_memory():
+    """Large tensors then reuse memory: on Linux each would otherwise come as new pages, which takes longer than the work."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(-4, 0)  # M_MMAP_MAX
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def beyond_the_cache(shape, device):
+    """The shape with so many samples that one tensor exceeds the last cache; None if memory is short."""
+    if device == "cuda":
+        cache, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
+    else:
+        free = common.free_memory()
+        sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        cache = max((int(size[:-1]) * 2**{"K": 10, "M": 20}[size[-1]] for size in sizes), default=2**25)
+    samples = shape[0]
+    while 4 * samples * torch.Size(shape[1:]).numel() < 1.1 * cache:
+        samples *= 2
+    shape = (samples, *shape[1:])
+    return shape if 12 * 4 * torch.Size(shape).numel() < free else None  # the reference keeps up to ten of its size

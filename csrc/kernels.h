@@ -1,0 +1,52 @@
+// What binding.cpp and the kernels agree on. cpu.cpp and cuda.cu each define these four functions; neither knows PyTorch.
+//
+// Tensors are contiguous. "real" is what the kernel computes in: float, or double where the tensor is float64 (CPU only).
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HOST_AND_DEVICE __host__ __device__
+#else
+#define HOST_AND_DEVICE
+#endif
+
+enum class Dtype { float32, float16, bfloat16, float64 };
+
+struct Penalty {                        // of per-sample gradients: rows = N, columns = the rest
+  int64_t rows, columns;
+  const void* gradient;                 // [rows, columns]
+  void *norms, *penalty;                // real [rows], real []: ||g||_2, mean((||g||_2 - 1)^2)
+  void* partial;                        // real [rows, pieces(rows, columns)], scratch of the forward pass
+  const void *d_penalty, *d_norms;      // backward: real [], real [rows] or null
+  void* d_gradient;                     // backward: [rows, columns]
+};
+
+// A row is cut into pieces, of 1,024 elements or more, where the rows alone are too few to keep a large GPU busy.
+HOST_AND_DEVICE inline int64_t pieces(int64_t rows, int64_t columns) {
+  const int64_t wanted = rows > 0 ? (1056 + rows - 1) / rows : 1, most = (columns + 1023) / 1024;
+  return wanted < most ? wanted : most > 1 ? most : 1;
+}
+
+struct Adain {                          // instances = N * channels, pixels = H * W
+  int64_t instances, channels, pixels;
+  double eps, slope_before, slope_after;
+  const void *x, *noise;                // [instances, pixels]; null or [N, pixels] with a stride between samples, 0 or more
+  int64_t noise_stride;
+  const void *scale, *bias, *strength;  // real [instances] twice; real [1] or [channels], null without noise
+  int64_t strength_stride;              // 0 or 1
+  void *y, *mean, *rstd;                // [instances, pixels], real [instances] twice; the last two are saved for backward
+  const void* dy;                       // backward: [instances, pixels]
+  void *dx, *d_scale, *d_bias, *d_strength;  // backward: [instances, pixels], real [instances] thrice, the last may be null
+};
+
+// How the work is given away: a CUDA stream, or a loop that runs body(begin, end, context) on all cores.
+struct Where {
+  void* stream;
+  void (*parallel)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+};
+
+// 0, or a CUDA error.
+int penalty_forward(const Penalty&, Dtype, Where);
+int penalty_backward(const Penalty&, Dtype, Where);
+int adain_forward(const Adain&, Dtype, Where);
+int adain_backward(const Adain&, Dtype, Where);

@@ -1,0 +1,188 @@
+"""The fused kernels' Python face: a plain PyTorch formula may be served by a kernel that computes the same.
+
+    @fused("penalty")
+    def penalty_of(gradient):
+        norm = gradient.flatten(1).norm(2, dim=1)
+        return (norm - 1).square().mean(), norm
+
+Until choose() has found kernels for the device of its first argument, and for arguments that they do not take,
+such a function is the formula below the decorator. It remains `penalty_of.formula` in any case.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.autograd import Function
+
+from csrc import build
+
+DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
+          "cuda": {torch.float32, torch.float16, torch.bfloat16}}
+EPS = 1e-5  # F.instance_norm's
+KERNELS = {}  # the operators in use, by type of device
+
+
+def choose(wanted, device):
+    """Use the kernels for `device` (wanted: "fused"), or none ("reference"), or what can be had ("auto").
+
+    Returns what it came to, in words. Raises build.Unavailable if "fused" cannot be had.
+    """
+    KERNELS.clear()
+    if wanted == "reference":
+        return "reference: PyTorch's own operations, as asked"
+    try:
+        build.load(device)
+        kernels = describe(device)
+        try_out(kernels, device)
+    except build.Unavailable as reason:
+        if wanted == "fused":
+            raise
+        return f"reference: PyTorch's own operations, no fused ones ({reason})"
+    KERNELS[device] = kernels
+    return f"fused, for {device}"
+
+
+def try_out(kernels, device):
+    """Raises build.Unavailable where compiled kernels do not run: under an old driver, on another GPU."""
+    try:
+        kernels.penalty(torch.ones(1, 1, device=device))
+    except RuntimeError as error:
+        raise build.Unavailable(f"they do not run: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """For a while the formulas alone."""
+    before = dict(KERNELS)
+    KERNELS.clear()
+    try:
+        yield
+    finally:
+        KERNELS.update(before)
+
+
+@functools.cache
+def describe(device):
+    """The operators of binding.cpp for `device`, after telling torch.compile the shapes of their results."""
+    def real(like, *shape):
+        return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    @torch.library.register_fake(f"gan_{device}::penalty")
+    def _(gradient):
+        return real(gradient), real(gradient, gradient.size(0))
+
+    @torch.library.register_fake(f"gan_{device}::penalty_backward")
+    def _(gradient, norms, d_penalty, d_norms):
+        return torch.empty_like(gradient)
+
+    @torch.library.register_fake(f"gan_{device}::adain")
+    def _(x, scale, bias, noise, strength, slope_before, slope_after, eps):
+        return torch.empty_like(x), real(x, *x.shape[:2]), real(x, *x.shape[:2])
+
+    @torch.library.register_fake(f"gan_{device}::adain_backward")
+    def _(dy, x, scale, bias, noise, strength, mean, rstd, slope_before, slope_after):
+        sums = [real(x, *x.shape[:2]) for _ in range(2)]
+        return torch.empty_like(x), *sums, real(x, 0 if noise is None else x.size(0), x.size(1))
+
+    return getattr(torch.ops, f"gan_{device}")
+
+
+def fused(name):
+    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function."""
+    serve = {"penalty": penalty, "adain": adain}[name]
+
+    def decorate(formula):
+        @functools.wraps(formula)
+        def call(first, *others, **options):
+            kernels = KERNELS.get(first.device.type)
+            return formula(first, *others, **options) if kernels is None else serve(formula, kernels, first, *others, **options)
+        call.formula = formula
+        return call
+    return decorate
+
+
+def penalty(formula, kernels, gradient):
+    """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
+    if gradient.dtype not in DTYPES[gradient.device.type] or gradient.dim() < 2:
+        return formula(gradient)
+    return Penalty.apply(formula, kernels, gradient.contiguous())
+
+
+class Penalty(Function):
+    @staticmethod
+    def forward(ctx, formula, kernels, gradient):
+        result, norms = kernels.penalty(gradient)
+        ctx.save_for_backward(gradient, norms)
+        ctx.formula, ctx.kernels = formula, kernels
+        ctx.set_materialize_grads(False)
+        return result.to(gradient.dtype), norms.to(gradient.dtype)
+
+    @staticmethod
+    def backward(ctx, d_penalty, d_norms):
+        gradient, norms = ctx.saved_tensors
+        if d_penalty is None and d_norms is None:
+            return None, None, None
+        if torch.is_grad_enabled():
+            return None, None, *derivative(ctx.formula, [gradient], [d_penalty, d_norms])
+        d_penalty = norms.new_zeros(()) if d_penalty is None else d_penalty.to(norms.dtype)
+        d_norms = None if d_norms is None else d_norms.to(norms.dtype).contiguous()
+        return None, None, ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms)
+
+
+def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
+    """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise), like x.
+
+    mu, sigma: of each channel of each sample of x'; scale, bias: [N, C]; noise: [N or 1, 1, H, W]; strength: [1] or
+    [C]; a slope of 1 is no LeakyReLU. All of one dtype; the noise gets no gradient.
+    """
+    tensors = [t for t in (x, scale, bias, noise, strength) if t is not None]
+    taken = (x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
+             and x.dtype in DTYPES[x.device.type] and all(t.dtype == x.dtype and t.device == x.device for t in tensors))
+    if taken and noise is not None:
+        taken = (noise.shape in ((1, 1, *x.shape[2:]), (x.size(0), 1, *x.shape[2:])) and not noise.requires_grad
+                 and strength is not None and strength.shape in ((1,), (x.size(1),)))
+    if not taken or noise is None and strength is not None:
+        return formula(x, scale, bias, noise, strength, slope_before, slope_after)
+    if noise is not None and not noise[:1].is_contiguous():
+        noise = noise.contiguous()
+    return AdaIN.apply(formula, kernels, x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
+
+
+class AdaIN(Function):
+    @staticmethod
+    def forward(ctx, formula, kernels, x, scale, bias, noise, strength, *slopes):
+        y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), *slopes, EPS)
+        ctx.save_for_backward(x, scale, bias, noise, strength, mean, rstd)
+        ctx.formula, ctx.kernels, ctx.slopes = formula, kernels, slopes
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *inputs, mean, rstd = ctx.saved_tensors
+        x, scale, bias, noise, strength = inputs
+        if torch.is_grad_enabled():
+            return None, None, *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None
+        dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
+            dy.contiguous(), x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
+        d_strength = None if strength is None else d_strength.sum_to_size(1, len(strength))[0].to(x.dtype)
+        return None, None, dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None
+
+
+def as_computed(*tensors):
+    """In the type that the kernels compute in: float32, float64 for float64."""
+    return [t if t is None else (t if t.dtype == torch.float64 else t.float()).contiguous() for t in tensors]
+
+
+def derivative(formula, inputs, gradients, *options):
+    """The derivative of formula(*inputs, *options), as one that can be differentiated again.
+
+    A backward pass under create_graph=True takes this one: through a kernel's it would silently be a constant.
+    """
+    inputs = [None if t is None else t.view_as(t) for t in inputs]  # apart, even where one was computed from another
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    outputs = formula(*inputs, *options)
+    pairs = zip([outputs] if isinstance(outputs, torch.Tensor) else outputs, gradients)
+    outputs, gradients = zip(*[(output, gradient) for output, gradient in pairs if gradient is not None])
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,0 +1,92 @@
+"""--compare-kernels: what it times, what it refuses to time, and what it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import load_script, run_script
+from csrc import compare, ops
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One small shape, three rounds, and a compiler that is there at once."""
+    ops.choose("fused", "cpu")
+    monkeypatch.setattr(compare, "SHAPES", {"penalty": [(5, 6)], "adain": [(2, 3, 4, 4)]})
+    monkeypatch.setattr(compare, "beyond_the_cache", lambda shape, device: None)
+    monkeypatch.setattr(compare, "ROUNDS", 3)
+    monkeypatch.setattr(compare.torch, "compile", lambda function: function)
+
+
+@pytest.mark.parametrize("kind, script, name, passes", [
+    ("penalty", "03_wgan_gp", "penalty_of", [1, 3]), ("adain", "06_stylegan_blocks", "adain", [2, 5])])
+def test_table_and_file(kind, script, name, passes, small, tmp_path, capsys):
+    steps = []
+    compare.compare(kind, getattr(load_script(script), name), lambda: steps.append(bool(ops.KERNELS)), "cpu", tmp_path / "table.json")
+    assert set(steps) == {True, False} and abs(sum(steps) - len(steps) / 2) < len(steps) / 4, "with kernels and without, in turn"
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["kernel"] == kind and table["threads"] == torch.get_num_threads() and table["torch"] == torch.__version__
+    size = 4 * torch.Size(compare.SHAPES[kind][0]).numel()
+    assert [(row["pass"], row["bytes"]) for row in table["rows"]] == list(zip(["forward", "both passes"], [size * n for n in passes]))
+    for row in table["rows"]:
+        assert row["seconds"].keys() == row["errors"].keys() == {"reference", "fused", "torch.compile"}
+        assert all(0 <= error < 1e-5 for error in row["errors"].values())
+        assert row["bandwidth"] == pytest.approx(row["bytes"] / row["seconds"]["fused"]["median"])
+        assert all(0 < time["best"] <= time["median"] and time["spread"] >= 0 for time in row["seconds"].values())
+    shown = capsys.readouterr().out
+    assert "x".join(map(str, compare.SHAPES[kind][0])) in shown and "times as fast" in shown and "too little memory" in shown
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * torch.nan, lambda y: y.clamp(max=0)])
+def test_what_is_wrong_is_not_timed(wrong, small, capsys):
+    formula = load_script("06_stylegan_blocks").adain.formula
+
+    def fused(*tensors, **options):
+        return wrong(formula(*tensors, **options))
+
+    fused.formula = formula
+    rows = compare.compare_shape("adain", fused, (2, 3, 4, 4), "cpu")
+    for row in rows:
+        assert row["seconds"].keys() == {"reference", "torch.compile"} and not row["errors"]["fused"] < 1e-5
+        assert "bandwidth" not in row
+    assert capsys.readouterr().out.count("not timed: wrong") == 2
+
+
+def test_a_wrong_gradient_alone_is_not_timed(small):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * torch.nan
+
+    formula = load_script("06_stylegan_blocks").adain.formula
+
+    def fused(x, *tensors, **options):
+        return formula(Wrong.apply(x), *tensors, **options)
+
+    fused.formula = formula
+    assert all("fused" not in row["seconds"] for row in compare.compare_shape("adain", fused, (2, 3, 4, 4), "cpu"))
+
+
+@pytest.mark.parametrize("free, samples", [(1e15, 2**20), (1e10, None)])
+def test_a_shape_beyond_the_last_cache(free, samples, monkeypatch):
+    """So many samples that one tensor exceeds the cache, if the memory holds what the reference needs."""
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "size"])
+    monkeypatch.setattr(Path, "read_text", lambda path: "4194304K\n")  # 4 GiB
+    monkeypatch.setattr(compare.common, "free_memory", lambda: free)
+    shape = compare.beyond_the_cache((16, 3, 20, 20), "cpu")
+    assert shape == (samples and (samples, 3, 20, 20))
+    assert not samples or 1.1 * 2**32 < 4 * samples * 1200 < 2.2 * 2**32
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--kernels", "reference"], "compares fused kernels with the reference; leave out --kernels"),
+    (["--from", "nowhere"], "nowhere does not exist")])
+def test_contradictions(flags, complaint):
+    failed = run_script("03_wgan_gp", "--compare-kernels", *flags)
+    assert failed.returncode == 2 and complaint in failed.stderr

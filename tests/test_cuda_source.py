@@ -1,0 +1,472 @@
+"""csrc/cuda.cu without a GPU: compiled as C++ for the emulator in tests/emulator, against PyTorch in float64."""
+
+import ctypes
+import math
+import mmap
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import leaky_relu
+
+CSRC, EMULATOR = Path(__file__).parent.parent / "csrc", Path(__file__).parent / "emulator"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN = float("nan")
+ORDERS = range(6)
+GREEDY = 4  # warp by warp: the order that alone finds most
+
+
+# ------------------------------------------------------------------------------- compiling
+def compiled(source, target, *options):
+    compiler = os.environ.get("CXX", "c++").split()
+    if not shutil.which(compiler[0]):
+        pytest.fail(f"no C++ compiler: {compiler[0]} is not on the PATH; install g++ or set CXX")
+    options = ["-std=c++17", "-O1", "-w", f"-I{EMULATOR}", f"-I{CSRC}", *options]
+    result = subprocess.run([*compiler, *options, "-x", "c++", source, "-o", target], capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def shared_library(source, target):
+    """Traps take the place of the GPU's error for a misaligned vector, and of memory beyond a shared array."""
+    traps = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    return compiled(source, target, "-shared", "-fPIC", *traps, EMULATOR / "calls.cpp")
+
+
+def loaded(path):
+    library = ctypes.CDLL(str(path))
+    library.call_pieces.argtypes, library.call_pieces.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    return library
+
+
+def turns(library, order=GREEDY, most_blocks=2**31 - 1):
+    ctypes.c_int.in_dll(library, "emulator_order").value = order
+    ctypes.c_uint.in_dll(library, "emulator_most_blocks").value = most_blocks
+
+
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported torch and runs no threads
+FORKS.set_forkserver_preload(["pytest", "torch.fx.experimental.symbolic_shapes"])  # the latter: slow, for autograd.grad
+
+
+def outcome_apart(path):
+    """Exit status and stderr of check_briefly in a process of its own, as a faulty library may crash it."""
+    process = FORKS.Process(target=check_apart, args=(path, path.with_suffix(".log")))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    return process.exitcode, path.with_suffix(".log").read_text()
+
+
+def check_apart(path, log):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    check_briefly(loaded(path))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    path = shared_library(CSRC / "cuda.cu", tmp_path_factory.mktemp("emulated") / "cuda.so")
+    status, errors = outcome_apart(path)
+    assert status == 0, errors
+    return loaded(path)
+
+
+@pytest.fixture
+def library(built):
+    turns(built)
+    return built
+
+
+# --------------------------------------------------------------------------------- calling
+def structure(name):
+    """A struct of kernels.h."""
+    text = re.sub("//.*", "", re.search(rf"struct {name} {{(.*?)\n}};", (CSRC / "kernels.h").read_text(), re.DOTALL)[1])
+    kinds = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "void": ctypes.c_void_p}
+    return type(name, (ctypes.Structure,), {"_fields_": [
+        (field, kinds[kind]) for kind, fields in re.findall(r"(?:const )?(\w+)([^;]*);", text)
+        for field in re.findall(r"\w+", fields)]})
+
+
+Penalty, Adain = structure("Penalty"), structure("Adain")
+LIBC = ctypes.CDLL(None)
+
+
+class Memory:
+    """Copies of tensors, each with NaN before it and a page that cannot be touched after it.
+
+    They begin at a multiple of 16 bytes; up to 15 bytes of NaN lie between their end and the page.
+    """
+
+    def __init__(self):
+        self.copies = []
+
+    def __call__(self, values, shift=0):
+        """shift: elements by which it begins earlier."""
+        shift += -values.numel() % (16 // values.itemsize)
+        pages = 2 + values.nbytes // mmap.PAGESIZE
+        everything = torch.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), dtype=values.dtype,
+                                      count=pages * mmap.PAGESIZE // values.itemsize).fill_(NAN)
+        assert LIBC.mprotect(ctypes.c_void_p(everything.data_ptr() + everything.nbytes), mmap.PAGESIZE, 0) == 0
+        end = len(everything) - shift
+        begin = end - values.numel()
+        self.copies.append((everything, begin, end))
+        return everything[begin:end].copy_(values.flatten()).view(values.shape)
+
+    def empty(self, *shape, dtype=torch.float32, shift=0):
+        return self(torch.full(shape, NAN, dtype=dtype), shift)
+
+    def check(self):
+        for everything, begin, end in self.copies:
+            assert everything[:begin].isnan().all() and everything[end:].isnan().all(), "written outside a tensor"
+
+
+def call(library, name, kind, dtype, fields):
+    fields = {key: value.data_ptr() if torch.is_tensor(value) else value for key, value in fields.items()}
+    assert getattr(library, f"call_{name}")(ctypes.byref(kind(**fields)), DTYPES.index(dtype)) == 0
+
+
+def penalty(library, gradient, d_penalty, d_norms, shift=0):
+    memory, dtype, (rows, columns) = Memory(), gradient.dtype, gradient.shape
+    results = dict(penalty=memory.empty(), norms=memory.empty(rows),
+                   d_gradient=memory.empty(rows, columns, dtype=dtype, shift=shift))
+    fields = dict(results, rows=rows, columns=columns, gradient=memory(gradient, shift), d_penalty=memory(d_penalty),
+                  d_norms=None if d_norms is None else memory(d_norms),
+                  partial=memory.empty(rows * library.call_pieces(rows, columns)))
+    for name in ("penalty_forward", "penalty_backward"):
+        call(library, name, Penalty, dtype, fields)
+    memory.check()
+    return results
+
+
+def penalty_reference(gradient, d_penalty, d_norms):
+    g = gradient.double().requires_grad_()
+    norms = g.norm(2, dim=1)
+    result = (norms - 1).square().mean()
+    d_norms = torch.zeros_like(norms) if d_norms is None else d_norms.double()
+    torch.autograd.backward([result, norms], [d_penalty.double(), d_norms])
+    return dict(penalty=result.detach(), norms=norms.detach(), d_gradient=g.grad)
+
+
+def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=0, shift=0):
+    """x, dy [N, C, pixels]; gap: elements between the noise of one sample and that of the next."""
+    memory, dtype, (samples, channels, pixels) = Memory(), x.dtype, x.shape
+    results = {name: memory.empty(*x.shape, dtype=dtype, shift=shift) for name in ("y", "dx")}
+    results |= {name: memory.empty(samples, channels) for name in ("d_scale", "d_bias", "d_strength")}
+    fields = dict(results, instances=samples * channels, channels=channels, pixels=pixels, eps=eps, slope_before=before,
+                  slope_after=after, x=memory(x, shift), dy=memory(dy, shift), scale=memory(scale), bias=memory(bias),
+                  mean=memory.empty(samples, channels), rstd=memory.empty(samples, channels))
+    if noise is None:
+        fields["d_strength"] = None
+        del results["d_strength"]
+    else:
+        shared = len(noise) == 1
+        rows = torch.cat([noise, torch.full_like(noise[:, :1], NAN).expand(-1, gap)], dim=1).flatten()
+        fields |= dict(noise=memory(rows[:len(rows) - gap], shift), noise_stride=0 if shared else pixels + gap,
+                       strength=memory(strength), strength_stride=int(len(strength) > 1))
+    for name in ("adain_forward", "adain_backward"):
+        call(library, name, Adain, dtype, fields)
+    memory.check()
+    return results
+
+
+def adain_reference(x, dy, scale, bias, noise, strength, before, after, eps, **_):
+    x, scale, bias = (t.double().requires_grad_() for t in (x, scale, bias))
+    inputs, z = dict(dx=x, d_scale=scale, d_bias=bias), x
+    if noise is not None:  # one strength per instance, as the kernel's d_strength is not yet summed
+        inputs["d_strength"] = strength.double().expand(len(x), x.size(1)).clone().requires_grad_()
+        z = x + inputs["d_strength"][:, :, None] * noise.double()[:, None]
+    z = leaky_relu(z, before)
+    variance, mean = torch.var_mean(z, dim=2, correction=0, keepdim=True)
+    y = leaky_relu((z - mean) / (variance + eps).sqrt() * scale[:, :, None] + bias[:, :, None], after)
+    return dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy.double())), y=y.detach())
+
+
+# ------------------------------------------------------------------------------- comparing
+def close(found, expected, also=0.0):
+    """The norm of each result's error, over the norm of the result.
+
+    float32: 2e-7 was measured for what has a value per element; sums of up to 20,000 values, which partly cancel, had
+    1.5e-6. 16 bits: the one rounding on top is by half an eps at most.
+    """
+    assert found.keys() == expected.keys()
+    for name, result in found.items():
+        allowed = also + (4e-6 if name in ("d_scale", "d_bias", "d_strength") else 1e-6)
+        allowed += torch.finfo(result.dtype).eps / 2 if result.dtype != torch.float32 else 0
+        assert result.shape == expected[name].shape
+        error, norm = (result.double() - expected[name]).norm().item(), expected[name].norm().item()
+        assert error <= allowed * norm, f"{name}: error {error / norm if norm else error:.2g}"
+
+
+def same(found, expected):
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def penalty_inputs(rows, columns, dtype=torch.float32):
+    random = torch.Generator().manual_seed(rows * columns)
+    gradient = torch.randn(rows, columns, generator=random) * 3 / columns**0.5
+    return gradient.to(dtype), torch.randn((), generator=random), torch.randn(rows, generator=random)
+
+
+def adain_inputs(pixels, dtype=torch.float32, noise="each", before=1.0, after=1.0, mean=0.0, gap=0, shift=0,
+                 channels=None):
+    """noise: None, "shared" by the samples and of one strength, or for "each" sample, with a strength per channel."""
+    random = torch.Generator().manual_seed(pixels)
+    samples, channels = 2, channels or (5 if pixels < 2000 else 2)  # ten warps: a block of eight and a part of one
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+    inputs = dict(x=normal(samples, channels, pixels) + mean, dy=normal(samples, channels, pixels),
+                  scale=1 + normal(samples, channels) / 2, bias=normal(samples, channels), noise=None, strength=None)
+    if noise:
+        each = noise == "each"
+        inputs |= dict(noise=normal(samples if each else 1, pixels), strength=normal(channels if each else 1))
+    for name in ("x", "dy", "noise"):
+        inputs[name] = None if inputs[name] is None else inputs[name].to(dtype)
+    # eps: with two pixels and a small one dx nearly vanishes, and with it the norm that errors are compared with
+    return dict(inputs, before=before, after=after, eps=1 / pixels, gap=gap, shift=shift)
+
+
+def check_penalty(library, *sizes, **options):
+    inputs = penalty_inputs(*sizes)
+    close(penalty(library, *inputs, **options), penalty_reference(*inputs))
+
+
+def check_adain(library, *arguments, also=0.0, **options):
+    inputs = adain_inputs(*arguments, **options)
+    close(adain(library, **inputs), adain_reference(**inputs), also)
+
+
+# ----------------------------------------------------------------------------------- tests
+# One piece a row: the first three and the last. Several, of up to 1,024 elements: the next three; of more: (200, 8192).
+SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192), (1100, 8)]
+PIXELS = [2, 4, 16, 49, 64, 100, 256, 300, 784, 1024, 4096, 6000, 16384, 20000]
+OPTIONS = [dict(noise="each", gap=8, before=1.0, after=0.2), dict(noise="each", gap=3, before=0.3, after=0.6),
+           dict(noise="shared", before=0.2, after=1.0), dict(noise=None, before=1.0, after=1.0),
+           dict(noise=None, before=0.2, after=0.2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", SIZES)
+def test_penalty(library, rows, columns, dtype):
+    check_penalty(library, rows, columns, dtype)
+    check_penalty(library, rows, columns, dtype, shift=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", PIXELS)
+def test_adain(library, pixels, dtype):
+    for options in OPTIONS:
+        check_adain(library, pixels, dtype, **options)
+    check_adain(library, pixels, dtype, shift=1)
+    check_adain(library, pixels, dtype, channels=1)
+
+
+def test_pieces_fill_the_gpu_and_are_not_too_small(library):
+    assert [library.call_pieces(*size) for size in [(1, 1), (1, 0), (0, 5), (2, 784), (3, 3073), (1, 2**30)]] == [
+        1, 1, 1, 1, 4, 1056]
+    assert [library.call_pieces(rows, 49152) for rows in (1, 64, 1055, 1056, 5000)] == [48, 17, 2, 1, 1]
+
+
+def test_penalty_without_a_gradient_of_the_norms(library):
+    gradient, d_penalty, _ = penalty_inputs(3, 3072)
+    close(penalty(library, gradient, d_penalty, None), penalty_reference(gradient, d_penalty, None))
+
+
+def test_penalty_of_a_zero_row(library):
+    gradient, d_penalty, d_norms = penalty_inputs(4, 100)
+    gradient[2] = 0
+    found = penalty(library, gradient, d_penalty, d_norms)
+    close(found, penalty_reference(gradient, d_penalty, d_norms))
+    assert found["norms"][2] == 0 and not found["d_gradient"][2].any()
+
+
+@pytest.mark.parametrize("rows, columns, expected", [(0, 5, NAN), (3, 0, 1.0), (0, 0, NAN)])
+def test_penalty_of_nothing(library, rows, columns, expected):
+    found = penalty(library, torch.zeros(rows, columns), torch.tensor(1.0), torch.ones(rows))
+    assert found["penalty"].item() == pytest.approx(expected, nan_ok=True) and not found["norms"].any()
+
+
+def test_penalty_of_nan(library):
+    gradient, d_penalty, d_norms = penalty_inputs(3, 3072)
+    gradient[1, 2000] = NAN
+    found = penalty(library, gradient, d_penalty, d_norms)
+    assert found["penalty"].isnan() and found["norms"].isnan().tolist() == [False, True, False]
+    assert found["d_gradient"].isnan().all(dim=1).tolist() == found["d_gradient"].isnan().any(dim=1).tolist() == [
+        False, True, False]
+
+
+@pytest.mark.parametrize("pixels", [49, 64, 784, 4096, 16384, 20000])
+@pytest.mark.parametrize("mean", [30.0, 1e4])
+def test_adain_far_from_zero(library, pixels, mean):
+    """No digits are lost but those of the mean in float32: mean / 2^24 of y, more of d_scale where d_bias is larger."""
+    check_adain(library, pixels, noise=None, before=0.2, mean=mean, also=mean * 2**-22)
+
+
+@pytest.mark.parametrize("pixels", [49, 64, 784, 4096, 16384, 20000])
+def test_adain_of_nan_stays_in_its_instance(library, pixels):
+    inputs = adain_inputs(pixels, after=0.2)
+    expected = adain(library, **inputs)
+    inputs["x"][1, 0, pixels // 2] = NAN
+    found = adain(library, **inputs)
+    for name, result in found.items():
+        assert torch.equal(result[0], expected[name][0]) and torch.equal(result[1, 1:], expected[name][1, 1:])
+    assert all(found[name][1, 0].isnan().all() for name in ("y", "dx", "d_scale", "d_strength"))
+
+
+def test_adain_of_nothing_launches_nothing(library):
+    inputs = adain_inputs(64)
+    inputs |= {name: inputs[name][:0] for name in ("x", "dy", "scale", "bias", "noise")}
+    assert all(result.numel() == 0 for result in adain(library, **inputs).values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(5, 3072), (3, 3073), (40, 784)])
+def test_penalty_in_any_order_and_grid(library, rows, columns, dtype):
+    inputs = penalty_inputs(rows, columns, dtype)
+    expected = penalty(library, *inputs)
+    for order in ORDERS:
+        for most_blocks in (2**31 - 1, 2):
+            turns(library, order, most_blocks)
+            same(penalty(library, *inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", [49, 64, 300, 784, 4096, 6000, 20000])
+def test_adain_in_any_order_and_grid(library, pixels, dtype):
+    inputs = adain_inputs(pixels, dtype, before=0.2, after=0.3)
+    expected = adain(library, **inputs)
+    for order in ORDERS:
+        for most_blocks in (2**31 - 1, 1):
+            turns(library, order, most_blocks)
+            same(adain(library, **inputs), expected)
+
+
+# --------------------------------------------------------------------------- planted faults
+def check_briefly(library):
+    """What every fault below fails: float32 only, as the faulty sources have no other."""
+    for order in (0, 4, 5):
+        turns(library, order)
+        check_adain(library, 4096, before=0.2, after=0.3)
+    turns(library)
+    for pixels in (49, 100, 784, 20000):
+        for options in OPTIONS:
+            check_adain(library, pixels, **options)
+        check_adain(library, pixels, shift=1)
+    check_adain(library, 64, channels=1)
+    check_adain(library, 784, noise=None, mean=1e3, also=1e3 * 2**-22)
+    check_penalty(library, 5, 3072)
+    check_penalty(library, 3, 3073)
+    check_penalty(library, 5, 3072, shift=1)
+    test_penalty_of_a_zero_row(library)
+    turns(library, most_blocks=1)
+    check_penalty(library, 3, 3072)
+    check_adain(library, 64)
+    check_adain(library, 4096)
+
+
+FAULTS = {
+    "no first barrier": ("__syncthreads();                                            // the sum before", "// "),
+    "no second barrier": ("= value;\n    __syncthreads();", "= value;"),
+    "a barrier for some": ("= value;\n    __syncthreads();", "= value, __syncthreads();"),
+    "half a warp's mask": ("0xffffffffu, value, lane);\n  if", "0xffffu, value, lane);\n  if"),
+    "beyond shared memory": ("threadIdx.x % 32 < THREADS / 32 ? of_warp", "true ? of_warp"),
+    "one vector too many, held": ("int(threadIdx.x); k < vectors)", "int(threadIdx.x); k <= vectors)"),
+    "one vector too many, streamed": ("k = threadIdx.x; k < vectors", "k = threadIdx.x; k <= vectors"),
+    "no clamp": ("int(threadIdx.x)), vectors - 1)", "int(threadIdx.x)), vectors + 31)"),
+    "padding counted": ("ITEMS > 0) {\n      each_held(vectors, body);",
+                        "ITEMS > 0) {\n      hold(vectors, [&](int j, int64_t k) { body(j, k); });"),
+    "no centre": ("centre = sum<THREADS>(s)", "centre = 0 * sum<THREADS>(s)"),
+    "centre taken for the mean": ("second - first * first", "second"),
+    "pieces overlap": ("begin + length < of_row ? begin + length : of_row", "begin + length"),
+    "division by a zero norm": ("norm == 0 ? 0 : ", ""),
+    "d_strength without noise": ("d_strength += result[e] * z[e]", "d_strength += result[e]"),
+    "slope_before not in the backward pass": ("(v[j][e] > 0 ? 1 : instance.slope_before)", "1"),
+    "noise_stride ignored": ("* a.noise_stride :", "* a.pixels :"),
+    "strength_stride ignored": ("[i % a.channels * a.strength_stride]", "[i % a.channels]"),
+    "pixels not divisible": ("a.pixels % V == 0 && ", ""),
+    "columns not divisible": ("p.columns % V == 0 && aligned({p.gradient});", "aligned({p.gradient});"),
+    "x not aligned": ("aligned({a.x, a.noise, a.y, a.dy, a.dx})", "true"),
+    "noise not aligned": ("(a.noise_stride * sizeof(T)) % 16 == 0 && ", ""),
+    "too few blocks": ("(a.instances + warps - 1) / warps", "a.instances / warps"),
+    "instances of four warps": ("(blockIdx.x) * L::WARPS + threadIdx.y", "(blockIdx.x) * 4 + threadIdx.y"),
+    "steps between instances": ("i += int64_t(gridDim.x) * L::WARPS", "i += int64_t(gridDim.x) * 2 * L::WARPS"),
+    "steps between pieces": ("i += gridDim.x) {\n    float squares", "i += 2 * gridDim.x) {\n    float squares"),
+    "steps within a piece": ("k += ROW_THREADS", "k += 2 * ROW_THREADS"),
+}
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_faults_are_found(fault, tmp_path):
+    source = (CSRC / "cuda.cu").read_text()
+    snippet, faulty = FAULTS.get(fault, ("", ""))
+    assert fault == "none" or source.count(snippet) == 1
+    source, others = re.subn(r"    case Dtype::b?float16:.*\n", "", source.replace(snippet, faulty))  # for speed
+    assert others == 2
+    (tmp_path / "cuda.cu").write_text(source)
+    status, errors = outcome_apart(shared_library(tmp_path / "cuda.cu", tmp_path / "cuda.so"))
+    if fault == "none":
+        assert status == 0, errors
+    else:
+        assert status < 0 or "AssertionError" in errors, "not found"
+
+
+# ------------------------------------------------------------------------------ the emulator
+@pytest.fixture(scope="session")
+def mistakes(tmp_path_factory):
+    """Runs a kernel of mistakes.cu in an order."""
+    program = compiled(EMULATOR / "mistakes.cu", tmp_path_factory.mktemp("mistakes") / "mistakes")
+
+    def run(name, order):
+        return subprocess.run([program, name, str(order)], capture_output=True, text=True, check=False)
+    return run
+
+
+def numbers(result):
+    assert result.returncode == 0, result.stderr
+    return [float(word) for word in result.stdout.split()]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_emulator_runs_threads_in_any_order(mistakes, order):
+    assert numbers(mistakes("none", order)) == pytest.approx([63 - i + (i % 32 ^ 1) / 100 for i in range(64)])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name, message", [
+    ("two_barriers", r"divergent barriers in lines \d+ and \d+"), ("barrier_and_shuffle", "deadlock"),
+    ("wrong_mask", "a shuffle whose mask leaves its caller out"), ("large_frame", "stack overflow"),
+    ("no_blocks", "invalid launch of 0,1,1 blocks"), ("no_threads", "invalid launch"),
+    ("many_threads", "invalid launch")])
+def test_emulator_stops_with_one_line(mistakes, name, message, order):
+    result = mistakes(name, order)
+    assert result.returncode < 0 and re.fullmatch(rf"emulator: {message}.*\n", result.stderr)
+
+
+@pytest.mark.parametrize("name", ["missing_barrier", "missing_second_barrier"])
+def test_emulator_shows_a_missing_barrier(mistakes, name):
+    assert len({mistakes(name, order).stdout for order in ORDERS}) > 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_emulator_reads_nan_from_exited_lanes_and_unwritten_shared_memory(mistakes, order):
+    lanes = numbers(mistakes("exited_lanes", order))[:24]
+    assert [i for i, value in enumerate(lanes) if math.isnan(value)] == list(range(8, 16)) and lanes[:2] == [16, 17]
+    assert all(math.isnan(value) for value in numbers(mistakes("unwritten_shared", order)))
+
+
+def test_rounding_of_16_bits(library):
+    """To nearest, ties to even: what is stored is what PyTorch makes of the float32 result."""
+    for dtype in DTYPES[1:]:
+        x = torch.arange(1.0, 2049.0).to(dtype).view(2, 1024)
+        d_penalty = torch.tensor(1.0)
+        found = penalty(library, x, d_penalty, None)
+        factor = d_penalty * 2 * (found["norms"] - 1) / 2 / found["norms"]
+        torch.testing.assert_close(found["d_gradient"], (x.float() * factor[:, None]).to(dtype), rtol=0, atol=0)

@@ -1,0 +1,252 @@
+"""Compiling the kernels on first use: what is compiled when, and what is said where it cannot be done."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, run_script
+from csrc import build, ops
+
+PROGRAM = "import torch; from csrc import ops; print(ops.choose('auto', 'cpu')); print(ops.KERNELS)"
+
+
+@pytest.fixture
+def quick(tmp_path_factory):
+    """A compiler that does not optimise."""
+    return str(script(tmp_path_factory.mktemp("bin") / "quick", 'exec c++ "$@" -O0'))
+
+
+def start(cache, program=PROGRAM, **environment):
+    """A process that chooses kernels with an empty or an earlier cache."""
+    return subprocess.Popen([sys.executable, "-c", program], cwd=environment.pop("cwd", ROOT), text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment})
+
+
+def finish(process):
+    with process:
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output.splitlines()
+
+
+def libraries(cache):
+    return sorted(path.name for path in Path(cache, "gan-scripts").glob("*.so"))
+
+
+def script(path, text):
+    """An executable shell script in the place of a tool."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def nothing_cached(tmp_path, monkeypatch):
+    """This process as one that never had kernels, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "registered", lambda device: False)
+    return tmp_path / "cache"
+
+
+def test_compiled_once_then_cached_then_again_for_another_source(tmp_path):
+    """One line the first time, under 10 s of work; none later; a changed header, flag or damaged file is compiled anew."""
+    sources = tmp_path / "copy" / "csrc"
+    sources.mkdir(parents=True)
+    for path in (ROOT / "csrc").glob("*.*"):
+        (sources / path.name).write_bytes(path.read_bytes())
+    cache, here = tmp_path / "cache", {"cwd": sources.parent}
+    first = finish(start(cache, **here))
+    assert first[:2] == ["kernels compiling csrc/ for cpu, once", "fused, for cpu"] and "gan_cpu" in first[2]
+    assert finish(start(cache, **here)) == first[1:], "cached: says nothing"
+    kept = libraries(cache)
+    assert len(kept) == 1
+    with open(sources / "kernels.h", "a") as file:
+        file.write("// changed\n")
+    assert finish(start(cache, **here)) == first and len(libraries(cache)) == 2
+    for path in Path(cache, "gan-scripts").glob("*.so"):
+        path.write_bytes(path.read_bytes()[:5000])
+    assert finish(start(cache, **here)) == first, "a damaged library is compiled anew"
+
+
+def test_a_killed_build_hinders_nobody(tmp_path, quick):
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        process = start(tmp_path, CXX=quick)
+        assert process.stdout.readline().startswith("kernels compiling")
+        time.sleep(1)
+        os.killpg(process.pid, signal_number)
+        process.communicate()
+        assert libraries(tmp_path) == []
+    output = finish(start(tmp_path, CXX=quick))
+    assert output[:2] == ["kernels compiling csrc/ for cpu, once", "fused, for cpu"]
+
+
+def test_eight_at_once_compile_once(tmp_path, quick):
+    outputs = [finish(process) for process in [start(tmp_path, CXX=quick, OMP_NUM_THREADS="1") for _ in range(8)]]
+    assert sum("kernels compiling csrc/ for cpu, once" in output for output in outputs) == 1
+    assert all(output[-2] == "fused, for cpu" for output in outputs) and len(libraries(tmp_path)) == 1
+
+
+def test_a_stopped_builder_is_not_waited_for_forever(tmp_path, quick):
+    builder = start(tmp_path, CXX=quick)
+    assert builder.stdout.readline().startswith("kernels compiling")
+    os.killpg(builder.pid, signal.SIGSTOP)
+    try:
+        program = "from csrc import build; build.WAIT = 1\n" + PROGRAM
+        output = finish(start(tmp_path, program, CXX=quick))
+        assert output[:3] == ["kernels waiting for another process that compiles them",
+                              "kernels compiling csrc/ for cpu, once", "fused, for cpu"]
+    finally:
+        os.killpg(builder.pid, signal.SIGKILL)
+        builder.communicate()
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda cache: cache.write_text("a file where the folder should be"), "Not a directory"),
+    (lambda cache: (cache / "gan-scripts").symlink_to("/proc/self/fdinfo") if not cache.mkdir() else None, "")])
+def test_a_cache_that_takes_nothing(tmp_path, spoil, reason, quick):
+    """Root may write into read-only folders: here are ones that even root cannot write into."""
+    spoil(tmp_path / "cache")
+    output = finish(start(tmp_path / "cache", CXX=quick))
+    assert output[0] == "kernels compiling csrc/ for cpu, once" and output[2] == "fused, for cpu"
+    assert output[1].startswith(f"kernels cannot be kept in {tmp_path / 'cache' / 'gan-scripts'} (") and reason in output[1]
+
+
+def test_a_full_disk_keeps_no_part(nothing_cached, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[:4])
+        raise OSError(28, "No space left on device")
+
+    def compiled(name, sources, build_directory, **_):
+        write(Path(build_directory, f"{name}.so"), b"library")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", compiled)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    build.load("cpu")
+    assert [path.suffix for path in Path(nothing_cached, "gan-scripts").iterdir()] == [".lock"]
+
+
+def causes(tmp_path):
+    """Why there are no kernels: device, changes to the environment, what is said."""
+    nvcc = 'case $1 in -dryrun) echo "#$ TOP=/opt/other/bin/.." >&2;; *) echo "Cuda compilation tools, release 9.2, V9.2";; esac'
+    other = script(tmp_path / "other" / "bin" / "nvcc", nvcc).parent.parent
+    silent = script(tmp_path / "silent" / "bin" / "nvcc", "exit 1").parent.parent
+    compilers = {name: script(tmp_path / "bin" / name, "exec /usr/bin/c++ \"$@\"").parent for name in ("c++", "ninja-is-absent")}
+    failing = script(tmp_path / "failing", "case $1 in *version*) exec c++ $1;; esac; echo 'boom, it never works' >&2; exit 1")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    return {
+        "no compiler": ("cpu", {"PATH": str(empty)}, r"no C\+\+ compiler: c\+\+ is not on the PATH; install g\+\+ or clang"),
+        "no such compiler": ("cpu", {"CXX": "/no/such/compiler"}, r"no C\+\+ compiler: /no/such/compiler is not on the PATH"),
+        "no ninja": ("cpu", {"PATH": str(compilers["c++"])}, "no ninja on the PATH; pip install ninja"),
+        "build error": ("cpu", {"CXX": str(failing)}, r"the build failed; see (.*\.log)"),
+        "no nvcc": ("cuda", {"PATH": str(compilers["c++"]), "CUDA_HOME": str(empty), "ninja": "here"},
+                    r"no nvcc; install the CUDA toolkit 13\.0 or set CUDA_HOME to its folder"),
+        "toolkit mismatch": ("cuda", {"CUDA_HOME": str(other)},
+                             r"the CUDA toolkit in /opt/other has version 9\.2, torch needs 13\.0; set CUDA_HOME"),
+        "broken nvcc": ("cuda", {"CUDA_HOME": str(silent)}, "does not say what it is"),
+        "another device": ("mps", {}, "there are none for mps"),
+    }
+
+
+CAUSES = ["no compiler", "no such compiler", "no ninja", "build error", "no nvcc", "toolkit mismatch", "broken nvcc", "another device"]
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_auto_falls_back_and_says_why(cause, nothing_cached, tmp_path, monkeypatch):
+    device, environment, reason = causes(tmp_path)[cause]
+    which = build.shutil.which
+    hidden = {"no ninja": ["ninja"], "no nvcc": ["/usr/local"]}.get(cause, [])  # a ninja of this Python, a toolkit here
+
+    def found(name, path=None):
+        if name in hidden or any(str(path).startswith(prefix) for prefix in hidden):
+            return None
+        return "ninja" if name == "ninja" and cause == "no nvcc" else which(name, path=path)
+
+    monkeypatch.setattr(build.shutil, "which", found)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = ops.choose("auto", device)
+    assert line.startswith("reference: PyTorch's own operations, no fused ones (") and "\n" not in line
+    assert ops.KERNELS == {}
+    with pytest.raises(build.Unavailable, match=reason) as failure:
+        ops.choose("fused", device)
+    assert str(failure.value) in line
+    if cause == "build error":
+        assert "boom, it never works" in Path(line.split("see ")[1].rstrip(")")).read_text()
+
+
+def test_a_script_falls_back_or_leaves(tmp_path):
+    """auto trains on with one line; fused leaves with exit code 2 and nothing written; reference does not try."""
+    def run(*flags):
+        return run_script("03_wgan_gp", *flags, "--dataset", "gaussians", "--epochs", 1, "--max-batches", 1, "--eval-interval", 0,
+                          "--output-dir", tmp_path / "runs",
+                          env={**os.environ, "CXX": "/no/such/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+
+    failed = run("--kernels", "fused")
+    assert (failed.returncode, os.path.exists(tmp_path / "cache" / "gan-scripts")) == (2, False)
+    assert failed.stderr == ("03_wgan_gp.py: error: --kernels fused: no C++ compiler: /no/such/compiler is not on the PATH; "
+                             "install g++ or clang\n")
+    assert not list(tmp_path.glob("runs/*"))
+    assert run().stdout.splitlines()[2] == ("kernels reference: PyTorch's own operations, no fused ones (no C++ compiler: "
+                                            "/no/such/compiler is not on the PATH; install g++ or clang)")
+    assert run("--kernels", "reference").stdout.splitlines()[2] == "kernels reference: PyTorch's own operations, as asked"
+    for path in tmp_path.glob("runs/*/options.json"):
+        assert json.loads(path.read_text())["kernels"] in ("auto", "reference")
+
+
+def test_cuda_sources_compile_link_and_load_where_nvcc_is(tmp_path):
+    """The real extension, with the toolkit that the build finds by itself; it runs nowhere here. At most 30 s."""
+    if not build.shutil.which("nvcc"):
+        pytest.skip("no nvcc on the PATH")
+    program = ("import time, torch; from csrc import build; start = time.time(); build.load('cuda'); seconds = time.time() - start\n"
+               "print(torch.ops.gan_cuda.penalty, torch.ops.gan_cuda.adain_backward, seconds)")
+    environment = {name: "" for name in ("CUDA_HOME", "CUDA_PATH")}
+    output = finish(start(tmp_path, program, **environment))
+    assert output[0] == "kernels compiling csrc/ for cuda, once" and output[1].startswith("gan_cuda.penalty gan_cuda.adain_backward")
+    assert len(output) == 2 and float(output[1].split()[-1]) < 30
+    assert len(libraries(tmp_path)) == 1
+
+
+def test_what_nvcc_made_of_the_cuda_source(tmp_path):
+    """No register spilled, no local memory; wide layouts load all they hold, 16 bytes at a time, before they wait for any."""
+    nvcc = build.shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc on the PATH")
+    report = subprocess.run([nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "cubin",
+                             ROOT / "csrc" / "cuda.cu"], capture_output=True, text=True, check=True).stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
+                         r"loads.*?Used (\d+) registers", report, re.DOTALL)
+    assert len(kernels) == 3 * (2 * 7 + 2 * 2) + 1  # dtypes times AdaIN's layouts, the penalty's; the sum of the norms
+    assert all(kernel[1:4] == ("0", "0", "0") for kernel in kernels)
+    assert all(int(registers) <= 64 for name, *_, registers in kernels if "Li1024E" in name), "or the block does not fit"
+    disassembler = build.shutil.which("cuobjdump") or Path(
+        importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run([disassembler, "-sass", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+    codes = dict(part.split("\n", 1) for part in listing.split("Function : ")[1:])
+    assert len(codes) == len(kernels) and not any(re.search(r"\b(LDL|STL)\b", code) for code in codes.values())
+    held = {}
+    for name, code in codes.items():
+        layout = re.search(r"each_instanceI(f|6__half|13__nv_bfloat16)Li([48])ELi(\d+)ELi([1-9]\d*)ELb([01])", name)
+        if layout:
+            items, backward = int(layout[4]), int(layout[5])
+            streaks = [len(re.findall(r"\bLDG\.E\.128", part)) for part in re.split(r"\b(?:BRA|BAR|SHFL)\b", code)]
+            held[name] = max(streaks) / (items * (2 + backward))  # of x, the noise, dy
+            assert re.search(r"\bSTG\.E\.128", code)
+        elif "square_sums" in name and "Li1E" not in name:
+            assert re.search(r"\bLDG\.E\.128", code) and not re.search(r"\bLDG\.E\.64", code)
+    assert len(held) == 3 * 4 * 2 and min(held.values()) == 1, held
