@@ -17,7 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compare, "SHAPES", {"penalty": [(5, 6)], "adain": [(2, 3, 4, 4)]})
     monkeypatch.setattr(compare, "beyond_the_cache", lambda shape, device: None)
     monkeypatch.setattr(compare, "ROUNDS", 3)
-    monkeypatch.setattr(compare.torch, "compile", lambda function: function)
+    monkeypatch.setattr(compare.torch, "compile", lambda function, dynamic: function)
 
 
 @pytest.mark.parametrize("kind, script, name, passes", [
