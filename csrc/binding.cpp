@@ -1,4 +1,4 @@
-// The kernels as PyTorch operators, torch.ops.gan_cpu or torch.ops.gan_cuda: checks, memory, stream. Derivatives: ops.py.
+// The kernels as operators of PyTorch, torch.ops.gan_cpu or gan_cuda: checks, memory, stream. Derivatives: ops.py.
 //
 // The headers are those of PyTorch's stable ABI (as of TORCH_TARGET_VERSION, 2.11): they compile in seconds.
 #include <torch/csrc/stable/library.h>
@@ -28,7 +28,9 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-ScalarType real_of(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? t.scalar_type() : ScalarType::Float; }
+ScalarType real_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 Tensor new_real(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, real_of(like));
@@ -36,8 +38,9 @@ Tensor new_real(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // t, after a check that it is contiguous, of the type the kernel computes in, and has so many elements
 const void* real(const Tensor& t, const Tensor& like, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == real_of(like) && t.numel() == count && t.device() == like.device(),
-                  name, ": expected ", count, " contiguous numbers of the type and on the device the kernel computes in");
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == real_of(like) && t.numel() == count &&
+                  t.device() == like.device(), name, ": expected ", count,
+                  " contiguous numbers of the type and on the device the kernel computes in");
   return t.data_ptr();
 }
 
@@ -84,7 +87,8 @@ std::tuple<Tensor, Tensor> penalty(const Tensor& gradient) {
   return {result, norms};
 }
 
-Tensor run_penalty_backward(const Tensor& gradient, const Tensor& norms, const Tensor& d_penalty, const OptionalTensor& d_norms) {
+Tensor run_penalty_backward(const Tensor& gradient, const Tensor& norms, const Tensor& d_penalty,
+                            const OptionalTensor& d_norms) {
   Penalty p = penalty_of(gradient);
   Tensor d_gradient = torch::stable::empty_like(gradient);
   p.norms = const_cast<void*>(real(norms, gradient, p.rows, "norms"));
@@ -124,9 +128,10 @@ Adain adain_of(const Tensor& x, const Tensor& scale, const Tensor& bias, const O
   return a;
 }
 
-// x [N, C, H, W], scale and bias [N, C], noise [N or 1, 1, H, W], strength [1] or [C] -> y like x, mean and 1/sigma [N, C].
-std::tuple<Tensor, Tensor, Tensor> adain(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
-                                         const OptionalTensor& strength, double slope_before, double slope_after, double eps) {
+// x [N, C, H, W], scale, bias [N, C], noise [N or 1, 1, H, W], strength [1] or [C] -> y like x, mean, 1/sigma [N, C].
+std::tuple<Tensor, Tensor, Tensor> adain(
+    const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
+    const OptionalTensor& strength, double slope_before, double slope_after, double eps) {
   Adain a = adain_of(x, scale, bias, noise, strength, slope_before, slope_after);
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = new_real(x, {x.size(0), x.size(1)}), rstd = new_real(x, {x.size(0), x.size(1)});

@@ -118,7 +118,7 @@ def tools(device):
 
 
 def toolkit():
-    """Folder and version of the CUDA toolkit. The compiler itself is asked: nvcc on the PATH may be a wrapper script."""
+    """Folder and version of the CUDA toolkit. The compiler itself is asked: the nvcc on the PATH may be a script."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [shutil.which("nvcc", path=Path(home, "bin")) for home in homes if home]
     candidates += [shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]
@@ -165,8 +165,9 @@ def compile_and_load(device, settings, name):
     with tempfile.TemporaryDirectory(prefix="gan-kernels-") as folder:
         try:
             with environment(settings, cpp_extension):
-                cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]], build_directory=folder,
-                                   with_cuda=device == "cuda", is_python_module=False, **flags(device))
+                cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]],
+                                   build_directory=folder, with_cuda=device == "cuda", is_python_module=False,
+                                   **flags(device))
             content = next(Path(folder).glob("*.so")).read_bytes()
         except Exception as error:  # whatever a compiler, ninja or the loader leads to
             raise Unavailable(f"the build failed; {keep_log(name, error)}") from error

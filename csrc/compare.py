@@ -53,14 +53,16 @@ def compare(kind, formula, step, device, path):
 def compare_shape(kind, formula, shape, device):
     """The two rows, forward and both passes, of one shape; prints them."""
     torch._dynamo.reset()  # else it would try to compile one function for all shapes
-    functions = {"reference": formula.formula, "fused": formula, "torch.compile": torch.compile(formula.formula, dynamic=False)}
+    compiled = torch.compile(formula.formula, dynamic=False)
+    functions = {"reference": formula.formula, "fused": formula, "torch.compile": compiled}
     samples = max(1, min(shape[0], 2**23 * shape[0] // torch.Size(shape).numel()))  # float64 takes room
     exact = results(kind, formula.formula, inputs(kind, (samples, *shape[1:]), device, torch.float64))
     errors = {}
     for name, function in functions.items():
         try:
             found = results(kind, function, inputs(kind, (samples, *shape[1:]), device, torch.float32))
-            errors[name] = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max().item()  # NaN stays
+            worst = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max()  # NaN if one is
+            errors[name] = worst.item()
         except Exception as reason:  # torch.compile needs more than the others; the row shows it
             if name == "reference":
                 raise
@@ -74,8 +76,8 @@ def compare_shape(kind, formula, shape, device):
     times = measure({**tasks, "copy": lambda: copy.copy_(tensors[0].detach())}, device)
     rows = []
     for label, passes in zip(["forward", "both passes"], PASSES[kind]):
-        row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors, "checked_samples": samples,
-               "seconds": {name: times[label, name] for name in sound}}
+        row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors,
+               "checked_samples": samples, "seconds": {name: times[label, name] for name in sound}}
         if "fused" in sound:
             row["bandwidth"] = row["bytes"] / row["seconds"]["fused"]["median"]
             row["share_of_copy"] = row["bandwidth"] / (2 * copy.nbytes / times["copy"]["median"])
@@ -166,7 +168,7 @@ def machine(device):
 
 
 def keep_freed_memory():
-    """Large tensors then reuse memory: on Linux each would otherwise come as new pages, which takes longer than the work."""
+    """Large tensors then reuse memory: as new pages of Linux's each would take longer to come than to be worked on."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX

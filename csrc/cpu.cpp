@@ -1,6 +1,6 @@
 // The kernels for the CPU. Loops over one instance vectorise; rows and instances spread over the cores.
 //
-// Every sum runs in an order that depends on the shape alone, so that results are the same bits on any number of threads.
+// Every sum runs in an order that depends on the shape alone: results are the same bits on any number of threads.
 #include "kernels.h"
 
 #include <algorithm>
@@ -58,7 +58,7 @@ template <class Body> void parallel(Where where, int64_t count, int64_t cost, Bo
   where.parallel(count, 1 + 32768 / (1 + cost), part, &body);
 }
 
-// The loops below vectorise by themselves; 16-bit numbers 32 or 64 at a time, and what is left of a loop then 16 at a time.
+// The loops below vectorise by themselves; 16-bit numbers 32 or 64 at a time, the rest of a loop then 16 at a time.
 // Bodies and terms capture by value: what is read through a reference could change with every write, and nothing would
 // vectorise.
 template <class T> inline int64_t wide_part(int64_t count) { return sizeof(T) == 2 ? count / 64 * 64 : count; }
@@ -133,7 +133,7 @@ template <class T> void backward(const Penalty& p, Where where) {
     const Piece piece(p, i);
     const R norm = norms[piece.row];
     const R d_norm = d_penalty * 2 * (norm - 1) / R(p.rows) + (d_norms ? d_norms[piece.row] : 0);
-    const R factor = norm == 0 ? 0 : d_norm / norm;                         // at norm 0 the subgradient 0, as torch.norm's
+    const R factor = norm == 0 ? 0 : d_norm / norm;                         // at norm 0 the subgradient 0: torch.norm's
     const T* g = static_cast<const T*>(p.gradient) + piece.begin;
     T* d_gradient = static_cast<T*>(p.d_gradient) + piece.begin;
     each<T>(piece.count, [=](int64_t k) { d_gradient[k] = factor * R(g[k]); });

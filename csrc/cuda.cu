@@ -1,4 +1,4 @@
-// The kernels for CUDA. One warp or one block per instance or piece of a row; 16 bytes per access where addresses allow it.
+// The kernels for CUDA. One warp or block per instance or piece of a row; 16 bytes per access where addresses allow it.
 //
 // Sums are taken in a fixed order and no atomics are used, so that results are the same bits on every run.
 #include <cuda_bf16.h>
@@ -61,7 +61,8 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, Where wh
 }
 
 bool aligned(std::initializer_list<const void*> pointers) {     // to 16 bytes; null is
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
 template <class F> int for_dtype(Dtype dtype, F f) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p) {
     total += (norm - 1) * (norm - 1);
   }
   total = sum<1024>(total);
-  if (threadIdx.x == 0) *static_cast<float*>(p.penalty) = total / float(p.rows);   // no rows: NaN, as the mean of nothing
+  if (threadIdx.x == 0) *static_cast<float*>(p.penalty) = total / float(p.rows);   // no rows: NaN, as a mean
 }
 
 template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p) {
@@ -289,7 +290,7 @@ template <class T, bool BACKWARD> int adain(const Adain& a, Where where) {
     return launch(kernel, (a.instances + warps - 1) / warps, dim3(threads, warps), where, a);
   };
   if (a.pixels % V == 0 && (a.noise_stride * sizeof(T)) % 16 == 0 && aligned({a.x, a.noise, a.y, a.dy, a.dx})) {
-    if (a.pixels <= 32 * V) return with(each_instance<T, V, 32, 1, BACKWARD>, 32);                  // 8x8, 16 bits: 16x16
+    if (a.pixels <= 32 * V) return with(each_instance<T, V, 32, 1, BACKWARD>, 32);                  // 8x8
     if (a.pixels <= 32 * 32) return with(each_instance<T, V, 32, 32 / V, BACKWARD>, 32);            // 32x32
     if (a.pixels <= 256 * 16) return with(each_instance<T, V, 256, 16 / V, BACKWARD>, 256);         // 64x64
     if (a.pixels <= 1024 * 16) return with(each_instance<T, V, 1024, 16 / V, BACKWARD>, 1024);      // 128x128

@@ -1,6 +1,6 @@
-// What binding.cpp and the kernels agree on. cpu.cpp and cuda.cu each define these four functions; neither knows PyTorch.
+// What binding.cpp and the kernels agree on. cpu.cpp and cuda.cu each define the four functions; neither knows PyTorch.
 //
-// Tensors are contiguous. "real" is what the kernel computes in: float, or double where the tensor is float64 (CPU only).
+// Tensors are contiguous. "real" is what a kernel computes in: float, or double where the tensor is float64 (CPU only).
 #pragma once
 #include <cstdint>
 
@@ -30,13 +30,13 @@ HOST_AND_DEVICE inline int64_t pieces(int64_t rows, int64_t columns) {
 struct Adain {                          // instances = N * channels, pixels = H * W
   int64_t instances, channels, pixels;
   double eps, slope_before, slope_after;
-  const void *x, *noise;                // [instances, pixels]; null or [N, pixels] with a stride between samples, 0 or more
+  const void *x, *noise;                // [instances, pixels]; null or [N, pixels] with a stride between samples
   int64_t noise_stride;
   const void *scale, *bias, *strength;  // real [instances] twice; real [1] or [channels], null without noise
   int64_t strength_stride;              // 0 or 1
-  void *y, *mean, *rstd;                // [instances, pixels], real [instances] twice; the last two are saved for backward
+  void *y, *mean, *rstd;                // [instances, pixels], real [instances] twice; the latter for backward
   const void* dy;                       // backward: [instances, pixels]
-  void *dx, *d_scale, *d_bias, *d_strength;  // backward: [instances, pixels], real [instances] thrice, the last may be null
+  void *dx, *d_scale, *d_bias, *d_strength;  // backward: [instances, pixels], real [instances] thrice
 };
 
 // How the work is given away: a CUDA stream, or a loop that runs body(begin, end, context) on all cores.

@@ -96,7 +96,9 @@ def fused(name):
         @functools.wraps(formula)
         def call(first, *others, **options):
             kernels = KERNELS.get(first.device.type)
-            return formula(first, *others, **options) if kernels is None else serve(formula, kernels, first, *others, **options)
+            if kernels is None:
+                return formula(first, *others, **options)
+            return serve(formula, kernels, first, *others, **options)
         call.formula = formula
         return call
     return decorate
