@@ -305,7 +305,7 @@ def test_a_training_is_the_same_with_both(device, script, dtype, flags, operator
         (fused, calls), (reference, none) = quantities("fused"), quantities("reference")
     finally:
         torch.set_default_dtype(default)
-    assert not none and calls.keys() == operators.keys()
+    assert not none and calls.keys() == {"penalty", *operators}  # penalty is tried out when the kernels are chosen
     assert all(calls[name] >= count for name, count in operators.items())  # pictures call adain, too
     assert len(fused) >= 20 * 5
     torch.testing.assert_close(fused, reference, rtol=1e-4, atol=1e-4)
