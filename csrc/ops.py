@@ -20,6 +20,8 @@ from csrc import build
 DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
           "cuda": {torch.float32, torch.float16, torch.bfloat16}}
 EPS = 1e-5  # F.instance_norm's
+# torch.compile of 2.11 makes the gradient of the functions below zero, that of 2.15 does not: before, it gets the formula.
+TRACEABLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 KERNELS = {}  # the operators in use, by type of device
 
 
@@ -96,7 +98,7 @@ def fused(name):
         @functools.wraps(formula)
         def call(first, *others, **options):
             kernels = KERNELS.get(first.device.type)
-            if kernels is None:
+            if kernels is None or torch.compiler.is_compiling() and not TRACEABLE:
                 return formula(first, *others, **options)
             return serve(formula, kernels, first, *others, **options)
         call.formula = formula
@@ -108,12 +110,12 @@ def penalty(formula, kernels, gradient):
     """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
     if gradient.dtype not in DTYPES[gradient.device.type] or gradient.dim() < 2:
         return formula(gradient)
-    return Penalty.apply(formula, kernels, gradient.contiguous())
+    return Penalty.apply(gradient.contiguous(), formula, kernels)
 
 
 class Penalty(Function):
     @staticmethod
-    def forward(ctx, formula, kernels, gradient):
+    def forward(ctx, gradient, formula, kernels):
         result, norms = kernels.penalty(gradient)
         ctx.save_for_backward(gradient, norms)
         ctx.formula, ctx.kernels = formula, kernels
@@ -126,10 +128,10 @@ class Penalty(Function):
         if d_penalty is None and d_norms is None:
             return None, None, None
         if torch.is_grad_enabled():
-            return None, None, *derivative(ctx.formula, [gradient], [d_penalty, d_norms])
+            return *derivative(ctx.formula, [gradient], [d_penalty, d_norms]), None, None
         d_penalty = norms.new_zeros(()) if d_penalty is None else d_penalty.to(norms.dtype)
         d_norms = None if d_norms is None else d_norms.to(norms.dtype).contiguous()
-        return None, None, ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms)
+        return ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms), None, None
 
 
 def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
@@ -148,12 +150,13 @@ def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_bef
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     if noise is not None and not noise[:1].is_contiguous():
         noise = noise.contiguous()
-    return AdaIN.apply(formula, kernels, x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
+    return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after, formula, kernels)
 
 
 class AdaIN(Function):
     @staticmethod
-    def forward(ctx, formula, kernels, x, scale, bias, noise, strength, *slopes):
+    def forward(ctx, x, scale, bias, noise, strength, slope_before, slope_after, formula, kernels):
+        slopes = slope_before, slope_after
         y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), *slopes, EPS)
         ctx.save_for_backward(x, scale, bias, noise, strength, mean, rstd)
         ctx.formula, ctx.kernels, ctx.slopes = formula, kernels, slopes
@@ -164,11 +167,11 @@ class AdaIN(Function):
         *inputs, mean, rstd = ctx.saved_tensors
         x, scale, bias, noise, strength = inputs
         if torch.is_grad_enabled():
-            return None, None, *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None
+            return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
             dy.contiguous(), x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
         d_strength = None if strength is None else d_strength.sum_to_size(1, len(strength))[0].to(x.dtype)
-        return None, None, dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None
+        return dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None, None, None
 
 
 def as_computed(*tensors):

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 def load_script(name):
     """The numbered script as a module; a name that starts with a digit cannot be imported by statement."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks it up
     spec.loader.exec_module(module)
     return module
 
