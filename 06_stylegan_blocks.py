@@ -371,6 +371,7 @@ def main(argv=None):
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
     if args.compare_kernels:
+        generator.level = discriminator.level = top             # where AdaIN costs most
         return common.compare_kernels(args, "adain", adain, lambda: generator_step(
             generator, discriminator, optimizer_g, generate_noise(args.batch_size, args, args.device),
             args.style_mixing_prob))

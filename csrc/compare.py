@@ -156,7 +156,10 @@ def wait(device):
 
 def show(time):
     """Milliseconds."""
-    return f"{time['median'] * 1e3:.3g} +-{time['spread'] * 1e3:.1g} ms"
+    def digits(value, count):
+        return f"{float(f'{value:.{count}g}'):g}"  # 1080 for 1.08e+03
+
+    return f"{digits(time['median'] * 1e3, 3)} +-{digits(time['spread'] * 1e3, 1)} ms"
 
 
 def machine(device):
@@ -172,7 +175,7 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         library.mallopt(-4, 0)  # M_MMAP_MAX
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def beyond_the_cache(shape, device):
