@@ -186,7 +186,7 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, (args.beta1, args.beta2))
 
-    if args.compare_kernels:
+    if "compare_kernels" in args:
         batches = data.batches(args.batch_size)
         return common.compare_kernels(args, "penalty", penalty_of, lambda: critic_step(
             generator, critic, optimizer_c, next(batches)[0],

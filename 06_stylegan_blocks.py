@@ -370,7 +370,7 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(groups, args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
-    if args.compare_kernels:
+    if "compare_kernels" in args:
         generator.level = discriminator.level = top             # where AdaIN costs most
         return common.compare_kernels(args, "adain", adain, lambda: generator_step(
             generator, discriminator, optimizer_g, generate_noise(args.batch_size, args, args.device),

@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
         self.constants, self.kernels = constants, kernels
-        self.defaults = {**DEFAULTS, "kernels": "auto", "compare_kernels": None} if kernels else DEFAULTS
+        self.defaults = {**DEFAULTS, "kernels": "auto"} if kernels else DEFAULTS
         count = dict(type=number(int, at_least=1), metavar="N")
         size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
         rate = dict(type=number(float, above=0, below=1000), metavar="X")

@@ -20,8 +20,6 @@ from csrc import build
 DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
           "cuda": {torch.float32, torch.float16, torch.bfloat16}}
 EPS = 1e-5  # F.instance_norm's
-# torch.compile of 2.11 makes the gradient of the functions below zero, that of 2.15 does not: before, it gets the formula.
-TRACEABLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 KERNELS = {}  # the operators in use, by type of device
 
 
@@ -98,7 +96,7 @@ def fused(name):
         @functools.wraps(formula)
         def call(first, *others, **options):
             kernels = KERNELS.get(first.device.type)
-            if kernels is None or torch.compiler.is_compiling() and not TRACEABLE:
+            if kernels is None:
                 return formula(first, *others, **options)
             return serve(formula, kernels, first, *others, **options)
         call.formula = formula
@@ -110,7 +108,8 @@ def penalty(formula, kernels, gradient):
     """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
     if gradient.dtype not in DTYPES[gradient.device.type] or gradient.dim() < 2:
         return formula(gradient)
-    return Penalty.apply(gradient.contiguous(), formula, kernels)
+    result, norms = Penalty.apply(gradient.contiguous(), formula, kernels)
+    return result.to(gradient.dtype), norms.to(gradient.dtype)  # there, torch 2.11 would compile a zero gradient
 
 
 class Penalty(Function):
@@ -120,7 +119,7 @@ class Penalty(Function):
         ctx.save_for_backward(gradient, norms)
         ctx.formula, ctx.kernels = formula, kernels
         ctx.set_materialize_grads(False)
-        return result.to(gradient.dtype), norms.to(gradient.dtype)
+        return result, norms
 
     @staticmethod
     def backward(ctx, d_penalty, d_norms):
@@ -129,8 +128,8 @@ class Penalty(Function):
             return None, None, None
         if torch.is_grad_enabled():
             return *derivative(ctx.formula, [gradient], [d_penalty, d_norms]), None, None
-        d_penalty = norms.new_zeros(()) if d_penalty is None else d_penalty.to(norms.dtype)
-        d_norms = None if d_norms is None else d_norms.to(norms.dtype).contiguous()
+        d_penalty = norms.new_zeros(()) if d_penalty is None else d_penalty
+        d_norms = d_norms if d_norms is None else d_norms.contiguous()
         return ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms), None, None
 
 
@@ -143,9 +142,10 @@ def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_bef
     tensors = [t for t in (x, scale, bias, noise, strength) if t is not None]
     taken = (x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
              and x.dtype in DTYPES[x.device.type] and all(t.dtype == x.dtype and t.device == x.device for t in tensors))
-    if taken and noise is not None:
-        taken = (noise.shape in ((1, 1, *x.shape[2:]), (x.size(0), 1, *x.shape[2:])) and not noise.requires_grad
-                 and strength is not None and strength.shape in ((1,), (x.size(1),)))
+    if taken and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
+        taken = (noise.dim() == 4 and (noise.size(0) == 1 or noise.size(0) == x.size(0)) and noise.size(1) == 1
+                 and noise.shape[2:] == x.shape[2:] and not noise.requires_grad and strength is not None
+                 and strength.dim() == 1 and (strength.size(0) == 1 or strength.size(0) == x.size(1)))
     if not taken or noise is None and strength is not None:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     if noise is not None and not noise[:1].is_contiguous():
@@ -188,6 +188,7 @@ def derivative(formula, inputs, gradients, *options):
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     outputs = formula(*inputs, *options)
     pairs = zip([outputs] if isinstance(outputs, torch.Tensor) else outputs, gradients)
-    outputs, gradients = zip(*[(output, gradient) for output, gradient in pairs if gradient is not None])
+    outputs, gradients = zip(*[(output, gradient.to(output.dtype)) for output, gradient in pairs
+                               if gradient is not None])
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 from conftest import load_script, run_script
 from csrc import compare, ops
 
@@ -17,6 +18,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compare, "SHAPES", {"penalty": [(5, 6)], "adain": [(2, 3, 4, 4)]})
     monkeypatch.setattr(compare, "beyond_the_cache", lambda shape, device: None)
     monkeypatch.setattr(compare, "ROUNDS", 3)
+    monkeypatch.setattr(compare, "keep_freed_memory", lambda: None)  # the tests to come want theirs back
     monkeypatch.setattr(compare.torch, "compile", lambda function, dynamic: function)
 
 
@@ -71,6 +73,19 @@ def test_a_wrong_gradient_alone_is_not_timed(small):
 
     fused.formula = formula
     assert all("fused" not in row["seconds"] for row in compare.compare_shape("adain", fused, (2, 3, 4, 4), "cpu"))
+
+
+@pytest.mark.parametrize("script, operator, shapes", [
+    ("03_wgan_gp", "Penalty", [(300, 1, 28, 28)]),
+    ("06_stylegan_blocks", "AdaIN", [(32, c, s, s) for c, s in [(64, 4), (64, 8), (32, 16), (16, 32)] for _ in range(2)])])
+def test_the_step_is_the_whole_one(script, operator, shapes, monkeypatch, tmp_path, cached_digits):
+    """At 06's full size too, where a training that grows does not begin."""
+    seen, forward = [], getattr(ops, operator).forward
+    monkeypatch.setattr(getattr(ops, operator), "forward",
+                        lambda ctx, x, *others: seen.append(tuple(x.shape)) or forward(ctx, x, *others))
+    monkeypatch.setattr(common, "compare_kernels", lambda args, kind, formula, step: step())
+    load_script(script).main(["--compare-kernels", "--dataset", "digits", "--output-dir", str(tmp_path)])
+    assert sorted(seen) == sorted(shapes)
 
 
 @pytest.mark.parametrize("free, samples", [(1e15, 2**20), (1e10, None)])

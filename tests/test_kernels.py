@@ -245,7 +245,8 @@ def test_opcheck(kernels, dtype):
         torch.library.opcheck(operator.default, arguments)
 
 
-def test_torch_compile_takes_them_whole(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_takes_them_whole(device, dtype):
     """Forward and backward: no break in the graph, which has the operators in it, and the same results."""
     graphs = []
 
@@ -253,17 +254,17 @@ def test_torch_compile_takes_them_whole(device):
         graphs.append(graph.code)
         return make_boxed_func(graph.forward)
 
-    gradient, tensors = torch.randn(5, 6, requires_grad=True), adain_inputs((4, 4), torch.float32)
+    gradient, tensors = torch.randn(5, 6, dtype=dtype, requires_grad=True), adain_inputs((4, 4), dtype)
     for function, results, arguments in [(penalty_of, penalty_and_gradient, (gradient,)),
                                          (adain, adain_and_gradients, (tensors, 1.0, 0.2))]:
         whole = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=look))
         torch.testing.assert_close(results(whole, *arguments), results(function, *arguments))
     before, whole = len(graphs), torch.compile(penalty_of, fullgraph=True, backend=aot_autograd(fw_compiler=look))
     for count in range(2, 12):  # more batches than torch.compile would compile one by one
-        whole(torch.randn(count, 6))
+        whole(torch.randn(count, 6, dtype=dtype))
     assert len(graphs) - before <= 2
     for operator in ("penalty", "penalty_backward", "adain", "adain_backward"):
-        assert any(f"gan_{device}.{operator}.default" in code for code in graphs) == ops.TRACEABLE
+        assert any(f"gan_{device}.{operator}.default" in code for code in graphs)
 
 
 def test_more_elements_than_an_int32_counts(kernels):
