@@ -30,7 +30,7 @@ def compare(kind, formula, step, device, path):
     about = {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "date": time.strftime("%Y-%m-%d"), "dtype": "float32"}
     print(f"compare {kind} on {about['machine']}, {about['threads']} threads, torch {about['torch']}, float32; "
-          f"medians of {ROUNDS} rounds, +- half the interquartile range")
+          f"medians of {ROUNDS} rounds, +- half the interquartile range" + ", as CUDA graphs" * (device == "cuda"))
 
     def without():
         with ops.without_kernels():
@@ -42,7 +42,7 @@ def compare(kind, formula, step, device, path):
     if large is None:
         print(f"compare no shape beyond the last cache: too little memory is free for {LARGE[kind]}")
     print(f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
-          "GB/s  of copy  gain   error: reference, fused, compile")
+          "  MB   GB/s  of copy  gain   error: reference, fused, compile")
     rows = [row for shape in [*shapes, *[large] * bool(large)] for row in compare_shape(kind, formula, shape, device)]
     gain = steps["reference"]["median"] / steps["fused"]["median"]
     print(f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast")
@@ -73,7 +73,8 @@ def compare_shape(kind, formula, shape, device):
     copy = torch.empty_like(tensors[0])
     tasks = {("both passes", name): lambda f=f: results(kind, f, tensors) for name, f in sound.items()}
     tasks |= {("forward", name): lambda f=f: forward(kind, f, tensors) for name, f in sound.items()}
-    times = measure({**tasks, "copy": lambda: copy.copy_(tensors[0].detach())}, device)
+    tasks["copy"] = lambda: copy.copy_(tensors[0].detach())
+    times = measure({name: launched_at_once(task, device) for name, task in tasks.items()}, device)
     rows = []
     for label, passes in zip(["forward", "both passes"], PASSES[kind]):
         row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors,
@@ -95,7 +96,7 @@ def print_row(row):
         rate, share = row["bandwidth"] / 1e9, row["share_of_copy"]
         gain = row["seconds"]["reference"]["median"] / row["seconds"]["fused"]["median"]
     print(f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
-          f" {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
+          f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
 
 
 def inputs(kind, shape, device, dtype):
@@ -123,6 +124,22 @@ def results(kind, function, tensors):
     value = forward(kind, function, tensors)
     gradient = None if kind == "penalty" else value.detach()
     return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], gradient)]
+
+
+def launched_at_once(task, device):
+    """On a GPU the task as a CUDA graph: small shapes then show what kernels take, not what Python takes to launch them."""
+    if device != "cuda":
+        return task
+    other = torch.cuda.Stream()  # where PyTorch wants a task warmed up before it is captured
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for _ in range(3):
+            task()
+    torch.cuda.current_stream().wait_stream(other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        task()
+    return graph.replay
 
 
 def measure(tasks, device):
@@ -156,10 +173,11 @@ def wait(device):
 
 def show(time):
     """Milliseconds."""
-    def digits(value, count):
-        return f"{float(f'{value:.{count}g}'):g}"  # 1080 for 1.08e+03
-
     return f"{digits(time['median'] * 1e3, 3)} +-{digits(time['spread'] * 1e3, 1)} ms"
+
+
+def digits(value, count):
+    return f"{float(f'{value:.{count}g}'):g}"  # 1080 for 1.08e+03
 
 
 def machine(device):

@@ -11,22 +11,23 @@ from conftest import load_script, run_script
 from csrc import compare, ops
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
     """One small shape, three rounds, and a compiler that is there at once."""
-    ops.choose("fused", "cpu")
+    ops.choose("fused", request.param)
     monkeypatch.setattr(compare, "SHAPES", {"penalty": [(5, 6)], "adain": [(2, 3, 4, 4)]})
     monkeypatch.setattr(compare, "beyond_the_cache", lambda shape, device: None)
     monkeypatch.setattr(compare, "ROUNDS", 3)
     monkeypatch.setattr(compare, "keep_freed_memory", lambda: None)  # the tests to come want theirs back
     monkeypatch.setattr(compare.torch, "compile", lambda function, dynamic: function)
+    return request.param
 
 
 @pytest.mark.parametrize("kind, script, name, passes", [
     ("penalty", "03_wgan_gp", "penalty_of", [1, 3]), ("adain", "06_stylegan_blocks", "adain", [2, 5])])
-def test_table_and_file(kind, script, name, passes, small, tmp_path, capsys):
+def test_table_and_file(kind, script, name, passes, device, tmp_path, capsys):
     steps = []
-    compare.compare(kind, getattr(load_script(script), name), lambda: steps.append(bool(ops.KERNELS)), "cpu", tmp_path / "table.json")
+    compare.compare(kind, getattr(load_script(script), name), lambda: steps.append(bool(ops.KERNELS)), device, tmp_path / "table.json")
     assert set(steps) == {True, False} and abs(sum(steps) - len(steps) / 2) < len(steps) / 4, "with kernels and without, in turn"
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["kernel"] == kind and table["threads"] == torch.get_num_threads() and table["torch"] == torch.__version__
@@ -42,21 +43,21 @@ def test_table_and_file(kind, script, name, passes, small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * torch.nan, lambda y: y.clamp(max=0)])
-def test_what_is_wrong_is_not_timed(wrong, small, capsys):
+def test_what_is_wrong_is_not_timed(wrong, device, capsys):
     formula = load_script("06_stylegan_blocks").adain.formula
 
     def fused(*tensors, **options):
         return wrong(formula(*tensors, **options))
 
     fused.formula = formula
-    rows = compare.compare_shape("adain", fused, (2, 3, 4, 4), "cpu")
+    rows = compare.compare_shape("adain", fused, (2, 3, 4, 4), device)
     for row in rows:
         assert row["seconds"].keys() == {"reference", "torch.compile"} and not row["errors"]["fused"] < 1e-5
         assert "bandwidth" not in row
     assert capsys.readouterr().out.count("not timed: wrong") == 2
 
 
-def test_a_wrong_gradient_alone_is_not_timed(small):
+def test_a_wrong_gradient_alone_is_not_timed(device):
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -72,7 +73,7 @@ def test_a_wrong_gradient_alone_is_not_timed(small):
         return formula(Wrong.apply(x), *tensors, **options)
 
     fused.formula = formula
-    assert all("fused" not in row["seconds"] for row in compare.compare_shape("adain", fused, (2, 3, 4, 4), "cpu"))
+    assert all("fused" not in row["seconds"] for row in compare.compare_shape("adain", fused, (2, 3, 4, 4), device))
 
 
 @pytest.mark.parametrize("script, operator, shapes", [

@@ -30,7 +30,7 @@ def start(cache, program=PROGRAM, **environment):
     """A process that chooses kernels with an empty or an earlier cache."""
     return subprocess.Popen([sys.executable, "-c", program], cwd=environment.pop("cwd", ROOT), text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment})
+                            env={**os.environ, "XDG_CACHE_HOME": str(cache), "TMPDIR": str(Path(cache).parent), **environment})
 
 
 def finish(process):
