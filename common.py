@@ -186,6 +186,8 @@ class Parser(argparse.ArgumentParser):
         sys.excepthook = stop_quietly
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         self.given = set(given)
+        if "run" in given and "compare_kernels" in given:
+            fail("--compare-kernels times a training step; leave out --from")
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
         for name in sorted(SAMPLING - {"seed", "device"}):
@@ -258,7 +260,10 @@ def pick_device(wanted):
 
 
 def choose_kernels(args):
-    """Choose the kernels of `fused` formulas as --kernels says, and say what it came to; nothing in scripts without."""
+    """Choose the kernels of `fused` formulas as --kernels says, and say what it came to; nothing in scripts without.
+
+    Leaves with exit code 2 where --kernels fused cannot be had.
+    """
     if "kernels" in args:
         try:
             print(f"kernels {ops.choose(args.kernels, args.device)}")
@@ -267,8 +272,11 @@ def choose_kernels(args):
 
 
 def compare_kernels(args, kind, formula, step):
-    """--compare-kernels: a table, and a file of it in the output folder; step: one training step."""
-    from csrc.compare import compare  # compiles much on being imported
+    """--compare-kernels: a table, and a file of it in the output folder.
+
+    kind: "penalty" or "adain"; formula: the script's function under @fused; step: one training step.
+    """
+    from csrc.compare import compare  # not above: it imports this module
 
     compare(kind, formula, step, args.device, Path(args.output_dir, f"{args.script}-kernels.json"))
 

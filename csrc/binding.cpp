@@ -46,7 +46,7 @@ const void* real(const Tensor& t, const Tensor& like, int64_t count, const char*
 
 const void* same(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == like.scalar_type() && t.numel() == like.numel() &&
-                  t.device() == like.device(), name, ": expected a contiguous tensor like the other one");
+                  t.device() == like.device(), name, ": expected a contiguous tensor like x");
   return t.data_ptr();
 }
 
@@ -76,7 +76,7 @@ Penalty penalty_of(const Tensor& gradient) {
 }
 
 // Gradients [N, ...] -> penalty [], norms [N].
-std::tuple<Tensor, Tensor> penalty(const Tensor& gradient) {
+std::tuple<Tensor, Tensor> run_penalty(const Tensor& gradient) {
   Penalty p = penalty_of(gradient);
   Tensor result = new_real(gradient, {}), norms = new_real(gradient, {p.rows});
   Tensor partial = new_real(gradient, {p.rows * pieces(p.rows, p.columns)});
@@ -87,6 +87,7 @@ std::tuple<Tensor, Tensor> penalty(const Tensor& gradient) {
   return {result, norms};
 }
 
+// Gradients [N, ...], norms [N], d_penalty [], d_norms [N] or none -> the derivative by the gradients, like them.
 Tensor run_penalty_backward(const Tensor& gradient, const Tensor& norms, const Tensor& d_penalty,
                             const OptionalTensor& d_norms) {
   Penalty p = penalty_of(gradient);
@@ -129,7 +130,7 @@ Adain adain_of(const Tensor& x, const Tensor& scale, const Tensor& bias, const O
 }
 
 // x [N, C, H, W], scale, bias [N, C], noise [N or 1, 1, H, W], strength [1] or [C] -> y like x, mean, 1/sigma [N, C].
-std::tuple<Tensor, Tensor, Tensor> adain(
+std::tuple<Tensor, Tensor, Tensor> run_adain(
     const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
     const OptionalTensor& strength, double slope_before, double slope_after, double eps) {
   Adain a = adain_of(x, scale, bias, noise, strength, slope_before, slope_after);
@@ -163,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_adain_backward(
 
 }  // namespace
 
+// A namespace per library, as each defines its operators and both may be loaded.
 #ifdef USE_CUDA
 #define NAMESPACE gan_cuda
 #define BACKEND CUDA
@@ -181,8 +183,8 @@ STABLE_TORCH_LIBRARY(NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, BACKEND, m) {
-  m.impl("penalty", TORCH_BOX(&penalty));
+  m.impl("penalty", TORCH_BOX(&run_penalty));
   m.impl("penalty_backward", TORCH_BOX(&run_penalty_backward));
-  m.impl("adain", TORCH_BOX(&adain));
+  m.impl("adain", TORCH_BOX(&run_adain));
   m.impl("adain_backward", TORCH_BOX(&run_adain_backward));
 }

@@ -82,7 +82,7 @@ def flags(device):
 
 
 def fingerprint(device):
-    """Sixteen digits of all that the compiled library depends on: sources, flags, torch, the processor or the GPU."""
+    """Sixteen digits of what the library is compiled from and for: sources, flags, torch, processor or GPU."""
     parts = [device, flags(device), os.environ.get("CXX"), torch.__version__, torch.version.cuda, platform.machine()]
     if device == "cuda":
         parts.append(architecture())
@@ -102,8 +102,9 @@ def architecture():
 
 def tools(device):
     """Environment variables under which cpp_extension finds what it needs. Raises Unavailable where something lacks."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])  # of an unactivated
-    compiler = os.environ.get("CXX", "c++")                                                        # environment: ninja
+    # ninja may lie beside the Python of a virtual environment that is not activated
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
+    compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler.split()[0]):
         raise Unavailable(f"no C++ compiler: {compiler} is not on the PATH; install g++ or clang")
     if not shutil.which("ninja", path=path):

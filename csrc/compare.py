@@ -30,7 +30,8 @@ def compare(kind, formula, step, device, path):
     about = {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "date": time.strftime("%Y-%m-%d"), "dtype": "float32"}
     print(f"compare {kind} on {about['machine']}, {about['threads']} threads, torch {about['torch']}, float32; "
-          f"medians of {ROUNDS} rounds, +- half the interquartile range" + ", as CUDA graphs" * (device == "cuda"))
+          f"medians of {ROUNDS} rounds, +- half the interquartile range" +
+          "; shapes as CUDA graphs" * (device == "cuda"))
 
     def without():
         with ops.without_kernels():
@@ -127,7 +128,7 @@ def results(kind, function, tensors):
 
 
 def launched_at_once(task, device):
-    """On a GPU the task as a CUDA graph: small shapes then show what kernels take, not what Python takes to launch them."""
+    """On a GPU the task as a CUDA graph: small shapes then show the kernels' time, not Python's to launch them."""
     if device != "cuda":
         return task
     other = torch.cuda.Stream()  # where PyTorch wants a task warmed up before it is captured
@@ -171,9 +172,9 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def show(time):
+def show(timing):
     """Milliseconds."""
-    return f"{digits(time['median'] * 1e3, 3)} +-{digits(time['spread'] * 1e3, 1)} ms"
+    return f"{digits(timing['median'] * 1e3, 3)} +-{digits(timing['spread'] * 1e3, 1)} ms"
 
 
 def digits(value, count):

@@ -50,6 +50,7 @@ struct BFloat {
 template <class T> using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---------------------------------------------------------------------------------------- loops
+// PyTorch's C interface takes a function and a pointer, no lambda; 32,768: its own least number of operations per core.
 template <class Body> void parallel(Where where, int64_t count, int64_t cost, Body body) {
   if (count == 0) return;
   auto part = [](int64_t begin, int64_t end, void* context) {
@@ -58,9 +59,9 @@ template <class Body> void parallel(Where where, int64_t count, int64_t cost, Bo
   where.parallel(count, 1 + 32768 / (1 + cost), part, &body);
 }
 
-// The loops below vectorise by themselves; 16-bit numbers 32 or 64 at a time, the rest of a loop then 16 at a time.
-// Bodies and terms capture by value: what is read through a reference could change with every write, and nothing would
-// vectorise.
+// `omp simd` lets the compiler vectorise the loops below: by itself it may not change the order of a sum of floats.
+// 16-bit numbers go 32 or 64 at a time, the rest of a loop then 16 at a time. Bodies and terms capture by value: what
+// is read through a reference could change with every write, and nothing would vectorise.
 template <class T> inline int64_t wide_part(int64_t count) { return sizeof(T) == 2 ? count / 64 * 64 : count; }
 
 template <class T, class Body> inline void each(int64_t count, Body body) {
@@ -73,12 +74,12 @@ template <class T, class Body> inline void each(int64_t count, Body body) {
 
 struct Sums { double first = 0, second = 0; };
 
-// Two sums at once: term(k, a, b) adds to both. Within a piece in R, from piece to piece in double.
+// Two sums at once: term(k, a, b) adds to both. Within a chunk in R, from chunk to chunk in double.
 template <class T, class Term> inline Sums sum(int64_t count, Term term) {
-  constexpr int64_t piece = 4096;
+  constexpr int64_t chunk = 4096;
   Sums total;
-  for (int64_t begin = 0; begin < count; begin += piece) {
-    const int64_t end = std::min(begin + piece, count), wide = wide_part<T>(end);
+  for (int64_t begin = 0; begin < count; begin += chunk) {
+    const int64_t end = std::min(begin + chunk, count), wide = wide_part<T>(end);
     Real<T> a = 0, b = 0;
 #pragma omp simd reduction(+ : a, b)
     for (int64_t k = begin; k < wide; ++k) term(k, a, b);
@@ -162,7 +163,7 @@ template <class T, bool NOISE> void forward(const Adain& a, int64_t i) {
   const Instance<T, NOISE> u(a, i);
   const int64_t pixels = a.pixels, beginning = std::min<int64_t>(pixels, 256);
   const R centre = R(sum<T>(beginning, [u](int64_t k, R& s, R&) { s += u[k]; }).first / beginning);
-  const Sums d = sum<T>(pixels, [u, centre](int64_t k, R& s, R& t) {      // about it the sums lose no digits
+  const Sums d = sum<T>(pixels, [u, centre](int64_t k, R& s, R& t) {      // about it the sums lose few digits
     const R deviation = u[k] - centre;
     s += deviation;
     t += deviation * deviation;

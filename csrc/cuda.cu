@@ -34,20 +34,23 @@ template <class T, int V> __device__ void write(void* to, int64_t k, const float
   static_cast<Vector<T, V>*>(to)[k] = vector;
 }
 
-// The sum over the THREADS threads that share an instance, a warp or a whole block; each of them gets it.
+// The sum over the THREADS threads that share an instance, a warp or a whole block; each of them gets it. The shuffle
+// gives a thread the value of the one whose number differs in the bit `distance`: after five, all 32 of a warp hold
+// the same sum.
 template <int THREADS> __device__ float sum(float value) {
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   if constexpr (THREADS > 32) {
     __shared__ float of_warp[THREADS / 32];
     __syncthreads();                                            // the sum before this one has been read
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
     value = threadIdx.x % 32 < THREADS / 32 ? of_warp[threadIdx.x % 32] : 0;
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   }
   return value;
 }
 
+// Not with <<<blocks, threads>>>, which is no C++: tests/emulator has a C++ compiler take this file as it is.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, Where where, Arguments... arguments) {
   if (blocks == 0) return 0;                                    // CUDA refuses an empty grid
@@ -80,9 +83,9 @@ constexpr int ROW_THREADS = 256;
 // Calls body(k) for the vectors k of piece number i; the block's threads share them.
 template <int V, class Body> __device__ void each_vector_of_piece(const Penalty& p, int64_t i, Body body) {
   const int64_t n = pieces(p.rows, p.columns), of_row = p.columns / V, length = (of_row + n - 1) / n;
-  const int64_t row = i / n * of_row, begin = i % n * length, end = begin + length < of_row ? begin + length : of_row;
+  const int64_t begin = i % n * length, end = begin + length < of_row ? begin + length : of_row;
 #pragma unroll 4
-  for (int64_t k = begin + threadIdx.x; k < end; k += ROW_THREADS) body(row + k);
+  for (int64_t k = begin + threadIdx.x; k < end; k += ROW_THREADS) body(i / n * of_row + k);
 }
 
 template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) square_sums(Penalty p) {
@@ -133,13 +136,14 @@ template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_
 }
 
 // ---------------------------------------------------------------------------------------- AdaIN
-// How an instance is shared out: THREADS threads, each with ITEMS vectors of V elements, which it keeps in registers;
-// ITEMS = 0 for instances too large for that, which are read again for every loop over them.
-template <class T, int V, int THREADS, int ITEMS> struct Layout {
-  static constexpr int HELD = ITEMS > 0 ? ITEMS : 1, WARPS = THREADS == 32 ? 8 : 1;     // warps: instances per block
+// How an instance is shared out: SHARE threads, each with ITEMS vectors of V elements, which it keeps in registers;
+// ITEMS = 0 for instances too large for that, or not aligned: they are read again for every loop over them.
+template <class T, int V, int SHARE, int ITEMS> struct Layout {
+  static constexpr int THREADS = SHARE, INSTANCES = THREADS == 32 ? 8 : 1;      // of a block: threadIdx.x, threadIdx.y
+  static constexpr int HELD = ITEMS > 0 ? ITEMS : 1;
 
   // load(place, k) for every place, without a branch, so that all the loads are under way at once. Places beyond the
-  // instance get its last vector, which each_held leaves out.
+  // instance get its last vector again; each_held leaves these places out.
   template <class Load> static __device__ void hold(int64_t vectors, Load load) {
 #pragma unroll
     for (int j = 0; j < HELD; ++j) load(j, min(int64_t(j * THREADS + int(threadIdx.x)), vectors - 1));
@@ -149,6 +153,7 @@ template <class T, int V, int THREADS, int ITEMS> struct Layout {
     for (int j = 0; j < HELD; ++j)
       if (const int k = j * THREADS + int(threadIdx.x); k < vectors) body(j, k);
   }
+  // body(place, k) for every vector: from the registers, or loaded anew
   template <class Load, class Body> static __device__ void each_vector(int64_t vectors, Load load, Body body) {
     if constexpr (ITEMS > 0) {
       each_held(vectors, body);
@@ -192,7 +197,7 @@ template <class T, int V, int THREADS, int ITEMS> struct Layout {
 #pragma unroll
       for (int e = 0; e < V; ++e) s += instance.activated(v[j][e]);
     });
-    // The mean of what is held, which is all or a beginning: about it the sums below lose no digits.
+    // The mean of what is held, which is all or a beginning: about it the sums below lose few digits.
     const float centre = sum<THREADS>(s) / float(min(vectors, int64_t(HELD) * THREADS) * V);
     float first = 0, second = 0;
     each_vector(vectors, load, [&](int j, int64_t) {
@@ -239,7 +244,7 @@ template <class T, int V, int THREADS, int ITEMS> struct Layout {
       instance.with_noise(k, v[j]);
       read<T, V>(dy, k, g[j]);
     };
-    auto d_normal = [&](float deviation, float dy) { return deviation * factor + bias > 0 ? dy : dy * slope; };
+    auto d_normal = [&](float deviation, float d) { return deviation * factor + bias > 0 ? d : d * slope; };
     float first = 0, second = 0;
     if constexpr (ITEMS > 0) hold(vectors, load);
     each_vector(vectors, load, [&](int j, int64_t) {
@@ -274,10 +279,9 @@ template <class T, int V, int THREADS, int ITEMS> struct Layout {
   }
 };
 
-template <class T, int V, int THREADS, int ITEMS, bool BACKWARD>
-__global__ void __launch_bounds__(THREADS == 32 ? 256 : THREADS) each_instance(Adain a) {
-  using L = Layout<T, V, THREADS, ITEMS>;
-  for (int64_t i = int64_t(blockIdx.x) * L::WARPS + threadIdx.y; i < a.instances; i += int64_t(gridDim.x) * L::WARPS) {
+template <class L, bool BACKWARD> __global__ void __launch_bounds__(L::THREADS * L::INSTANCES) each_instance(Adain a) {
+  const int64_t step = int64_t(gridDim.x) * L::INSTANCES;
+  for (int64_t i = int64_t(blockIdx.x) * L::INSTANCES + threadIdx.y; i < a.instances; i += step) {
     if constexpr (BACKWARD) L::backward(a, i);
     else L::forward(a, i);
   }
@@ -285,19 +289,20 @@ __global__ void __launch_bounds__(THREADS == 32 ? 256 : THREADS) each_instance(A
 
 template <class T, bool BACKWARD> int adain(const Adain& a, Where where) {
   constexpr int V = 16 / sizeof(T);
-  auto with = [&](auto* kernel, int threads) {
-    const int warps = threads == 32 ? 8 : 1;
-    return launch(kernel, (a.instances + warps - 1) / warps, dim3(threads, warps), where, a);
+  auto with = [&](auto layout) {
+    using L = decltype(layout);
+    const int64_t blocks = (a.instances + L::INSTANCES - 1) / L::INSTANCES;
+    return launch(each_instance<L, BACKWARD>, blocks, dim3(L::THREADS, L::INSTANCES), where, a);
   };
   if (a.pixels % V == 0 && (a.noise_stride * sizeof(T)) % 16 == 0 && aligned({a.x, a.noise, a.y, a.dy, a.dx})) {
-    if (a.pixels <= 32 * V) return with(each_instance<T, V, 32, 1, BACKWARD>, 32);                  // 8x8
-    if (a.pixels <= 32 * 32) return with(each_instance<T, V, 32, 32 / V, BACKWARD>, 32);            // 32x32
-    if (a.pixels <= 256 * 16) return with(each_instance<T, V, 256, 16 / V, BACKWARD>, 256);         // 64x64
-    if (a.pixels <= 1024 * 16) return with(each_instance<T, V, 1024, 16 / V, BACKWARD>, 1024);      // 128x128
-    return with(each_instance<T, V, 512, 0, BACKWARD>, 512);
+    if (a.pixels <= 32 * V) return with(Layout<T, V, 32, 1>());                 // 8x8; in 16 bits 16x16
+    if (a.pixels <= 32 * 32) return with(Layout<T, V, 32, 32 / V>());           // 32x32
+    if (a.pixels <= 256 * 16) return with(Layout<T, V, 256, 16 / V>());         // 64x64
+    if (a.pixels <= 1024 * 16) return with(Layout<T, V, 1024, 16 / V>());       // 128x128
+    return with(Layout<T, V, 512, 0>());
   }
-  if (a.pixels <= 256) return with(each_instance<T, 1, 32, 0, BACKWARD>, 32);
-  return with(each_instance<T, 1, 512, 0, BACKWARD>, 512);
+  if (a.pixels <= 256) return with(Layout<T, 1, 32, 0>());
+  return with(Layout<T, 1, 512, 0>());
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What binding.cpp and the kernels agree on. cpu.cpp and cuda.cu each define the four functions; neither knows PyTorch.
 //
-// Tensors are contiguous. "real" is what a kernel computes in: float, or double where the tensor is float64 (CPU only).
+// Tensors are contiguous, of the noise each sample. "real" is what a kernel computes in: float, or double where the
+// tensor is float64 (CPU only).
 #pragma once
 #include <cstdint>
 
@@ -21,7 +22,8 @@ struct Penalty {                        // of per-sample gradients: rows = N, co
   void* d_gradient;                     // backward: [rows, columns]
 };
 
-// A row is cut into pieces, of 1,024 elements or more, where the rows alone are too few to keep a large GPU busy.
+// A row is cut into pieces, of some 1,024 elements or more, where the rows alone are too few to keep a large GPU busy:
+// 1,056 blocks of 256 threads are all that 132 multiprocessors hold at once (Hopper's H100 and H200).
 HOST_AND_DEVICE inline int64_t pieces(int64_t rows, int64_t columns) {
   const int64_t wanted = rows > 0 ? (1056 + rows - 1) / rows : 1, most = (columns + 1023) / 1024;
   return wanted < most ? wanted : most > 1 ? most : 1;
@@ -34,9 +36,9 @@ struct Adain {                          // instances = N * channels, pixels = H 
   int64_t noise_stride;
   const void *scale, *bias, *strength;  // real [instances] twice; real [1] or [channels], null without noise
   int64_t strength_stride;              // 0 or 1
-  void *y, *mean, *rstd;                // [instances, pixels], real [instances] twice; the latter for backward
+  void *y, *mean, *rstd;                // [instances, pixels], real [instances] twice; the last two kept for backward
   const void* dy;                       // backward: [instances, pixels]
-  void *dx, *d_scale, *d_bias, *d_strength;  // backward: [instances, pixels], real [instances] thrice
+  void *dx, *d_scale, *d_bias, *d_strength;  // backward: [instances, pixels], real [instances] thrice (or null)
 };
 
 // How the work is given away: a CUDA stream, or a loop that runs body(begin, end, context) on all cores.

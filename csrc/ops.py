@@ -89,7 +89,10 @@ def describe(device):
 
 
 def fused(name):
-    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function."""
+    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function.
+
+    The first argument, a tensor, is to be given by position.
+    """
     serve = {"penalty": penalty, "adain": adain}[name]
 
     def decorate(formula):
@@ -109,7 +112,7 @@ def penalty(formula, kernels, gradient):
     if gradient.dtype not in DTYPES[gradient.device.type] or gradient.dim() < 2:
         return formula(gradient)
     result, norms = Penalty.apply(gradient.contiguous(), formula, kernels)
-    return result.to(gradient.dtype), norms.to(gradient.dtype)  # there, torch 2.11 would compile a zero gradient
+    return result.to(gradient.dtype), norms.to(gradient.dtype)  # in Penalty, torch 2.11 would compile a zero gradient
 
 
 class Penalty(Function):
@@ -136,19 +139,20 @@ class Penalty(Function):
 def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise), like x.
 
-    mu, sigma: of each channel of each sample of x'; scale, bias: [N, C]; noise: [N or 1, 1, H, W]; strength: [1] or
-    [C]; a slope of 1 is no LeakyReLU. All of one dtype; the noise gets no gradient.
+    mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
+    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. All of one dtype; the noise gets no gradient.
     """
     tensors = [t for t in (x, scale, bias, noise, strength) if t is not None]
     taken = (x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
+             and (noise is None) == (strength is None)
              and x.dtype in DTYPES[x.device.type] and all(t.dtype == x.dtype and t.device == x.device for t in tensors))
     if taken and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
         taken = (noise.dim() == 4 and (noise.size(0) == 1 or noise.size(0) == x.size(0)) and noise.size(1) == 1
-                 and noise.shape[2:] == x.shape[2:] and not noise.requires_grad and strength is not None
+                 and noise.shape[2:] == x.shape[2:] and not noise.requires_grad
                  and strength.dim() == 1 and (strength.size(0) == 1 or strength.size(0) == x.size(1)))
-    if not taken or noise is None and strength is not None:
+    if not taken:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
-    if noise is not None and not noise[:1].is_contiguous():
+    if noise is not None and not noise[:1].is_contiguous():  # samples may lie apart, as 06 cuts them from [N, 2, H, W]
         noise = noise.contiguous()
     return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after, formula, kernels)
 
@@ -170,18 +174,20 @@ class AdaIN(Function):
             return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
             dy.contiguous(), x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
-        d_strength = None if strength is None else d_strength.sum_to_size(1, len(strength))[0].to(x.dtype)
+        # in two steps: one long sum PyTorch would cut into as many as there are threads
+        d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape).to(x.dtype)
         return dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None, None, None
 
 
 def as_computed(*tensors):
-    """In the type that the kernels compute in: float32, float64 for float64."""
+    """Contiguous and in the type that the kernels compute in, float32, or float64 for float64; None stays None."""
     return [t if t is None else (t if t.dtype == torch.float64 else t.float()).contiguous() for t in tensors]
 
 
 def derivative(formula, inputs, gradients, *options):
     """The derivative of formula(*inputs, *options), as one that can be differentiated again.
 
+    inputs: tensors or None; gradients: one or None per result. Returns a list, None where no gradient is required.
     A backward pass under create_graph=True takes this one: through a kernel's it would silently be a constant.
     """
     inputs = [None if t is None else t.view_as(t) for t in inputs]  # apart, even where one was computed from another

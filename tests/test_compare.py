@@ -102,7 +102,7 @@ def test_a_shape_beyond_the_last_cache(free, samples, monkeypatch):
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--kernels", "reference"], "compares fused kernels with the reference; leave out --kernels"),
-    (["--from", "nowhere"], "nowhere does not exist")])
+    (["--from", "nowhere"], "times a training step; leave out --from")])
 def test_contradictions(flags, complaint):
     failed = run_script("03_wgan_gp", "--compare-kernels", *flags)
     assert failed.returncode == 2 and complaint in failed.stderr

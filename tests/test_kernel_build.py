@@ -241,7 +241,7 @@ def test_what_nvcc_made_of_the_cuda_source(tmp_path):
     assert len(codes) == len(kernels) and not any(re.search(r"\b(LDL|STL)\b", code) for code in codes.values())
     held = {}
     for name, code in codes.items():
-        layout = re.search(r"each_instanceI(f|6__half|13__nv_bfloat16)Li([48])ELi(\d+)ELi([1-9]\d*)ELb([01])", name)
+        layout = re.search(r"LayoutI(f|6__half|13__nv_bfloat16)Li([48])ELi(\d+)ELi([1-9]\d*)EEELb([01])", name)
         if layout:
             items, backward = int(layout[4]), int(layout[5])
             streaks = [len(re.findall(r"\bLDG\.E\.128", part)) for part in re.split(r"\b(?:BRA|BAR|SHFL)\b", code)]

@@ -186,9 +186,11 @@ def test_operators_refuse_what_would_be_read_out_of_bounds(kernels, arguments, c
 def test_same_bits_on_every_run_and_any_number_of_threads():
     torch.manual_seed(0)
     gradient, tensors = torch.randn(3, 300_000, requires_grad=True), adain_inputs((40, 40), torch.float32)
+    many = [torch.randn(256, 512, 2, 2), torch.ones(256, 512), torch.zeros(256, 512), torch.randn(256, 1, 2, 2), torch.ones(1)]
 
     def everything():
-        return [*penalty_and_gradient(penalty_of, gradient), *adain_and_gradients(adain, tensors, 0.2, 0.2)]
+        return [*penalty_and_gradient(penalty_of, gradient), *adain_and_gradients(adain, tensors, 0.2, 0.2),
+                *adain_and_gradients(adain, many, 1.0, 0.2)]
 
     threads = torch.get_num_threads()
     try:

@@ -18,13 +18,12 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local                          // there is but one thread; see poison_shared
 
 struct dim3 { unsigned x, y, z; dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
 using cudaStream_t = void*;
-struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; cudaStream_t stream; };
 using cudaError_t = int;
 constexpr cudaError_t cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return 0; }             // a wrong launch aborts instead
