@@ -104,18 +104,18 @@ def tools(device):
     """Environment variables under which cpp_extension finds what it needs. Raises Unavailable where something lacks."""
     # ninja may lie beside the Python of a virtual environment that is not activated
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler.split()[0]):
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    if not shutil.which(compiler):
         raise Unavailable(f"no C++ compiler: {compiler} is not on the PATH; install g++ or clang")
     if not shutil.which("ninja", path=path):
         raise Unavailable("no ninja on the PATH; pip install ninja")
     if device == "cpu":
-        return {"PATH": path}
+        return {"PATH": path, "CXX": compiler}
     root, version = toolkit()
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise Unavailable(f"the CUDA toolkit in {root} has version {version}, torch needs {torch.version.cuda}; "
                           "set CUDA_HOME to one of the same major version")
-    return {"PATH": path, "CUDA_HOME": root, "TORCH_CUDA_ARCH_LIST": architecture()}
+    return {"PATH": path, "CXX": compiler, "CUDA_HOME": root, "TORCH_CUDA_ARCH_LIST": architecture()}
 
 
 def toolkit():

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import platform
 import statistics
 import time
@@ -89,13 +90,12 @@ def compare_shape(kind, formula, shape, device):
 
 
 def print_row(row):
-    cells = [show(row["seconds"][name]) if name in row["seconds"] else "not timed: wrong" for name in
+    seconds = row["seconds"]
+    cells = [show(seconds[name]) if name in seconds else "not timed: wrong" for name in
              ("reference", "fused", "torch.compile")]
     errors = ", ".join(f"{e:.0e}" if isinstance(e, float) else e for e in row["errors"].values())
-    rate = gain = share = float("nan")
-    if "fused" in row["seconds"]:
-        rate, share = row["bandwidth"] / 1e9, row["share_of_copy"]
-        gain = row["seconds"]["reference"]["median"] / row["seconds"]["fused"]["median"]
+    rate, share = row.get("bandwidth", math.nan) / 1e9, row.get("share_of_copy", math.nan)
+    gain = seconds["reference"]["median"] / seconds["fused"]["median"] if {"reference", "fused"} <= {*seconds} else math.nan
     print(f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
           f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
 

@@ -89,30 +89,33 @@ def describe(device):
 
 
 def fused(name):
-    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function.
-
-    The first argument, a tensor, is to be given by position.
-    """
-    serve = {"penalty": penalty, "adain": adain}[name]
+    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function."""
+    serve, function = {"penalty": (penalty, Penalty), "adain": (adain, AdaIN)}[name]
 
     def decorate(formula):
+        @torch.compiler.allow_in_graph  # as a whole: torch.compile would look into it and lose the second derivative
+        def apply(tensor, *others):
+            return function.apply(tensor, *others, formula, KERNELS[tensor.device.type])
+
         @functools.wraps(formula)
-        def call(first, *others, **options):
-            kernels = KERNELS.get(first.device.type)
-            if kernels is None:
-                return formula(first, *others, **options)
-            return serve(formula, kernels, first, *others, **options)
+        def call(*arguments, **options):
+            return serve(formula, apply, *arguments, **options) if KERNELS else formula(*arguments, **options)
         call.formula = formula
         return call
     return decorate
 
 
-def penalty(formula, kernels, gradient):
+def taken(tensor):
+    """Whether there are kernels for its device and dtype."""
+    return tensor.device.type in KERNELS and tensor.dtype in DTYPES[tensor.device.type]
+
+
+def penalty(formula, apply, gradient):
     """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
-    if gradient.dtype not in DTYPES[gradient.device.type] or gradient.dim() < 2:
+    if not taken(gradient) or gradient.dim() < 2:
         return formula(gradient)
-    result, norms = Penalty.apply(gradient.contiguous(), formula, kernels)
-    return result.to(gradient.dtype), norms.to(gradient.dtype)  # in Penalty, torch 2.11 would compile a zero gradient
+    result, norms = apply(gradient.contiguous())
+    return result.to(gradient.dtype), norms.to(gradient.dtype)
 
 
 class Penalty(Function):
@@ -136,25 +139,25 @@ class Penalty(Function):
         return ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms), None, None
 
 
-def adain(formula, kernels, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
+def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise), like x.
 
     mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
     [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. All of one dtype; the noise gets no gradient.
     """
     tensors = [t for t in (x, scale, bias, noise, strength) if t is not None]
-    taken = (x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
-             and (noise is None) == (strength is None)
-             and x.dtype in DTYPES[x.device.type] and all(t.dtype == x.dtype and t.device == x.device for t in tensors))
-    if taken and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
-        taken = (noise.dim() == 4 and (noise.size(0) == 1 or noise.size(0) == x.size(0)) and noise.size(1) == 1
-                 and noise.shape[2:] == x.shape[2:] and not noise.requires_grad
-                 and strength.dim() == 1 and (strength.size(0) == 1 or strength.size(0) == x.size(1)))
-    if not taken:
+    fits = (taken(x) and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
+            and x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
+            and (noise is None) == (strength is None))
+    if fits and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
+        fits = (noise.dim() == 4 and (noise.size(0) == 1 or noise.size(0) == x.size(0)) and noise.size(1) == 1
+                and noise.shape[2:] == x.shape[2:] and not noise.requires_grad
+                and strength.dim() == 1 and (strength.size(0) == 1 or strength.size(0) == x.size(1)))
+    if not fits:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     if noise is not None and not noise[:1].is_contiguous():  # samples may lie apart, as 06 cuts them from [N, 2, H, W]
         noise = noise.contiguous()
-    return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after, formula, kernels)
+    return apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
 
 
 class AdaIN(Function):
@@ -170,10 +173,11 @@ class AdaIN(Function):
     def backward(ctx, dy):
         *inputs, mean, rstd = ctx.saved_tensors
         x, scale, bias, noise, strength = inputs
+        dy = dy.contiguous()  # for the formula as well: F.instance_norm's derivative is wrong for one channels_last sample
         if torch.is_grad_enabled():
             return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
-            dy.contiguous(), x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
+            dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
         # in two steps: one long sum PyTorch would cut into as many as there are threads
         d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape).to(x.dtype)
         return dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None, None, None

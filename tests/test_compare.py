@@ -57,6 +57,12 @@ def test_what_is_wrong_is_not_timed(wrong, device, capsys):
     assert capsys.readouterr().out.count("not timed: wrong") == 2
 
 
+def test_nothing_is_right(device, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "TOLERANCE", -1.0)
+    rows = compare.compare_shape("adain", load_script("06_stylegan_blocks").adain, (2, 3, 4, 4), device)
+    assert [row["seconds"] for row in rows] == [{}, {}] and capsys.readouterr().out.count("not timed: wrong") == 6
+
+
 def test_a_wrong_gradient_alone_is_not_timed(device):
     class Wrong(torch.autograd.Function):
         @staticmethod

@@ -151,6 +151,7 @@ def causes(tmp_path):
     return {
         "no compiler": ("cpu", {"PATH": str(empty)}, r"no C\+\+ compiler: c\+\+ is not on the PATH; install g\+\+ or clang"),
         "no such compiler": ("cpu", {"CXX": "/no/such/compiler"}, r"no C\+\+ compiler: /no/such/compiler is not on the PATH"),
+        "a compiler and a flag": ("cpu", {"CXX": "c++ -w"}, r"no C\+\+ compiler: c\+\+ -w is not on the PATH"),
         "no ninja": ("cpu", {"PATH": str(compilers["c++"])}, "no ninja on the PATH; pip install ninja"),
         "build error": ("cpu", {"CXX": str(failing)}, r"the build failed; see (.*\.log)"),
         "no nvcc": ("cuda", {"PATH": str(compilers["c++"]), "CUDA_HOME": str(empty), "ninja": "here"},
@@ -162,7 +163,8 @@ def causes(tmp_path):
     }
 
 
-CAUSES = ["no compiler", "no such compiler", "no ninja", "build error", "no nvcc", "toolkit mismatch", "broken nvcc", "another device"]
+CAUSES = ["no compiler", "no such compiler", "a compiler and a flag", "no ninja", "build error", "no nvcc", "toolkit mismatch",
+          "broken nvcc", "another device"]
 
 
 @pytest.mark.parametrize("cause", CAUSES)

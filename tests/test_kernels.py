@@ -214,8 +214,13 @@ def test_first_and_second_derivatives():
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_a_penalty_through_fused_adain_is_no_silent_zero():
-    """WGAN-GP through a critic that contains the op: its weights' gradients, which no check of the op alone sees."""
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile itself looks at it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_penalty_through_fused_adain_is_no_silent_zero(compiled):
+    """WGAN-GP through a critic that contains the op: its weights' gradients, which no check of the op alone sees.
+
+    Compiled by a backend that has second derivatives: inductor refuses them.
+    """
     torch.manual_seed(0)
     weights = [torch.randn(4, 2, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
     x = torch.randn(3, 2, 6, 6, requires_grad=True)
@@ -227,11 +232,31 @@ def test_a_penalty_through_fused_adain_is_no_silent_zero():
         slope, = torch.autograd.grad(score, x, create_graph=True)
         return torch.autograd.grad(penalty_of(slope)[0], weights)
 
-    with Calls() as calls:
-        found = gradients(adain, penalty_of)
-    assert calls.count == {"adain": 1, "penalty": 1, "penalty_backward": 1, "adain_backward": 1}  # the last for grad()
+    if compiled:
+        found = gradients(*[torch.compile(function, backend="eager", fullgraph=True) for function in (adain, penalty_of)])
+    else:
+        with Calls() as calls:
+            found = gradients(adain, penalty_of)
+        assert calls.count == {"adain": 1, "penalty": 1, "penalty_backward": 1, "adain_backward": 1}  # the last for grad()
     torch.testing.assert_close(found, gradients(adain.formula, penalty_of.formula), rtol=1e-4, atol=1e-5)
     assert all(gradient.norm() > 1 for gradient in found)
+
+
+def test_one_sample_whose_gradient_is_channels_last():
+    """PyTorch's own derivative of the formula is wrong there: the graph for a second derivative must not begin with it."""
+    x, scale, bias = torch.randn(1, 8, 6, 6, requires_grad=True), torch.randn(1, 8), torch.randn(1, 8)
+    dy = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    once, again = [torch.autograd.grad(adain(x, scale, bias), x, dy, create_graph=graph)[0] for graph in (False, True)]
+    torch.testing.assert_close(once, again)
+
+
+def test_arguments_by_name():
+    gradient, (x, scale, bias, noise, strength) = torch.randn(5, 6), adain_inputs((4, 4), torch.float32)
+    with Calls() as calls:
+        torch.testing.assert_close(penalty_of(gradient=gradient), penalty_of.formula(gradient))
+        found = adain(strength=strength, noise=noise, bias=bias, scale=scale, x=x)
+    torch.testing.assert_close(found, adain.formula(x, scale, bias, noise, strength))
+    assert calls.count == {"penalty": 1, "adain": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
