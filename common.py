@@ -268,17 +268,19 @@ def choose_kernels(args):
         try:
             print(f"kernels {ops.choose(args.kernels, args.device)}")
         except build.Unavailable as reason:
-            fail(f"--kernels fused: {reason}")
+            fail(f"no fused kernels: {reason}")
+        args.kernels = "fused" if ops.KERNELS else "reference"  # for options.json
 
 
 def compare_kernels(args, kind, formula, step):
     """--compare-kernels: a table, and a file of it in the output folder.
 
-    kind: "penalty" or "adain"; formula: the script's function under @fused; step: one training step.
+    kind: "penalty" or "adain"; formula: the script's function under @fused; step: one training step. Leaves with exit
+    code 1 where a kernel is wrong.
     """
     from csrc.compare import compare  # not above: it imports this module
 
-    compare(kind, formula, step, args.device, Path(args.output_dir, f"{args.script}-kernels.json"))
+    compare(args, kind, formula, step)
 
 
 # ---------------------------------------------------------------------------------------------

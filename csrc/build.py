@@ -175,6 +175,7 @@ def compile_and_load(device, settings, name):
     path = cache_folder() / f"{name}-{digest(content)}.so"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
@@ -205,6 +206,6 @@ def keep_log(name, error):
     for folder in (cache_folder(), Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
             log = folder / f"{name}.log"
-            log.write_text(str(error))
+            log.write_text("\n".join(map(str, filter(None, [error, error.__cause__]))))
             return f"see {log}"
     return " ".join(str(error).split())[:300]

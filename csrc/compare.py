@@ -23,12 +23,14 @@ LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of as many samp
 PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
 
 
-def compare(kind, formula, step, device, path):
-    """Check and time the kernel `kind` against its formula and torch.compile; print a table, write it to `path`.
+def compare(args, kind, formula, step):
+    """Check and time the kernel `kind` against its formula and torch.compile; print a table, write it to a file.
 
-    step: one training step, timed with the kernels and without.
+    step: one training step of the script with the options `args`, timed with the kernels and without.
     """
-    about = {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    device, path = args.device, Path(args.output_dir, f"{args.script}-kernels.json")
+    about = {name: getattr(args, name) for name in ("script", "variant", "dataset", "batch_size")}
+    about |= {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "date": time.strftime("%Y-%m-%d"), "dtype": "float32"}
     print(f"compare {kind} on {about['machine']}, {about['threads']} threads, torch {about['torch']}, float32; "
           f"medians of {ROUNDS} rounds, +- half the interquartile range" +
@@ -48,8 +50,14 @@ def compare(kind, formula, step, device, path):
     rows = [row for shape in [*shapes, *[large] * bool(large)] for row in compare_shape(kind, formula, shape, device)]
     gain = steps["reference"]["median"] / steps["fused"]["median"]
     print(f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast")
-    path.write_text(json.dumps({**about, "rows": rows, "training_step": steps}, indent=1) + "\n")
+    text = json.dumps({**about, "rows": rows, "training_step": steps}, indent=1) + "\n"
+    try:
+        common.write_whole(path, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        common.fail(f"{path} cannot be written: {error.strerror}")
     print(f"saved   {path}")
+    if not all("fused" in row["seconds"] for row in rows):
+        common.fail("a fused kernel is wrong", code=1)
 
 
 def compare_shape(kind, formula, shape, device):
@@ -63,8 +71,8 @@ def compare_shape(kind, formula, shape, device):
     for name, function in functions.items():
         try:
             found = results(kind, function, inputs(kind, (samples, *shape[1:]), device, torch.float32))
-            worst = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max()  # NaN if one is
-            errors[name] = worst.item()
+            worst = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max().item()  # NaN if one is
+            errors[name] = worst if math.isfinite(worst) else str(worst)
         except Exception as reason:  # torch.compile needs more than the others; the row shows it
             if name == "reference":
                 raise
@@ -91,11 +99,12 @@ def compare_shape(kind, formula, shape, device):
 
 def print_row(row):
     seconds = row["seconds"]
-    cells = [show(seconds[name]) if name in seconds else "not timed: wrong" for name in
-             ("reference", "fused", "torch.compile")]
+    cells = [show(seconds[name]) if name in seconds else "not timed" for name in row["errors"]]
     errors = ", ".join(f"{e:.0e}" if isinstance(e, float) else e for e in row["errors"].values())
     rate, share = row.get("bandwidth", math.nan) / 1e9, row.get("share_of_copy", math.nan)
-    gain = seconds["reference"]["median"] / seconds["fused"]["median"] if {"reference", "fused"} <= {*seconds} else math.nan
+    gain = math.nan
+    if "reference" in seconds and "fused" in seconds:
+        gain = seconds["reference"]["median"] / seconds["fused"]["median"]
     print(f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
           f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
 

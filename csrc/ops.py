@@ -173,7 +173,7 @@ class AdaIN(Function):
     def backward(ctx, dy):
         *inputs, mean, rstd = ctx.saved_tensors
         x, scale, bias, noise, strength = inputs
-        dy = dy.contiguous()  # for the formula as well: F.instance_norm's derivative is wrong for one channels_last sample
+        dy = dy.contiguous()  # for the formula, too: F.instance_norm's derivative is wrong for one channels_last sample
         if torch.is_grad_enabled():
             return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(

@@ -1,6 +1,7 @@
 """--compare-kernels: what it times, what it refuses to time, and what it writes."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,19 @@ def device(request, monkeypatch):
     return request.param
 
 
+def options(script, device, folder):
+    return Namespace(script=script, variant="v", dataset="digits", batch_size=7, device=device, output_dir=folder)
+
+
 @pytest.mark.parametrize("kind, script, name, passes", [
     ("penalty", "03_wgan_gp", "penalty_of", [1, 3]), ("adain", "06_stylegan_blocks", "adain", [2, 5])])
 def test_table_and_file(kind, script, name, passes, device, tmp_path, capsys):
     steps = []
-    compare.compare(kind, getattr(load_script(script), name), lambda: steps.append(bool(ops.KERNELS)), device, tmp_path / "table.json")
+    compare.compare(options(script, device, tmp_path), kind, getattr(load_script(script), name), lambda: steps.append(bool(ops.KERNELS)))
     assert set(steps) == {True, False} and abs(sum(steps) - len(steps) / 2) < len(steps) / 4, "with kernels and without, in turn"
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert table["kernel"] == kind and table["threads"] == torch.get_num_threads() and table["torch"] == torch.__version__
+    table = json.loads((tmp_path / f"{script}-kernels.json").read_text())
+    assert (table["kernel"], table["script"], table["dataset"], table["batch_size"]) == (kind, script, "digits", 7)
+    assert table["threads"] == torch.get_num_threads() and table["torch"] == torch.__version__
     size = 4 * torch.Size(compare.SHAPES[kind][0]).numel()
     assert [(row["pass"], row["bytes"]) for row in table["rows"]] == list(zip(["forward", "both passes"], [size * n for n in passes]))
     for row in table["rows"]:
@@ -43,24 +49,35 @@ def test_table_and_file(kind, script, name, passes, device, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * torch.nan, lambda y: y.clamp(max=0)])
-def test_what_is_wrong_is_not_timed(wrong, device, capsys):
+def test_what_is_wrong_is_not_timed(wrong, device, tmp_path, capsys):
+    """And the comparison ends with exit code 1, after its file, which is JSON without NaN."""
     formula = load_script("06_stylegan_blocks").adain.formula
 
     def fused(*tensors, **options):
         return wrong(formula(*tensors, **options))
 
     fused.formula = formula
-    rows = compare.compare_shape("adain", fused, (2, 3, 4, 4), device)
-    for row in rows:
-        assert row["seconds"].keys() == {"reference", "torch.compile"} and not row["errors"]["fused"] < 1e-5
-        assert "bandwidth" not in row
-    assert capsys.readouterr().out.count("not timed: wrong") == 2
+    with pytest.raises(SystemExit) as stopped:
+        compare.compare(options("06", device, tmp_path), "adain", fused, lambda: None)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 1 and shown.err.endswith("error: a fused kernel is wrong\n") and shown.out.count("not timed") == 2
+    for row in json.loads((tmp_path / "06-kernels.json").read_text(), parse_constant=pytest.fail)["rows"]:
+        assert row["seconds"].keys() == {"reference", "torch.compile"} and "bandwidth" not in row
+        assert row["errors"]["fused"] == "nan" or row["errors"]["fused"] > 1e-5
+
+
+def test_a_file_that_cannot_be_written(device, tmp_path, capsys):
+    (tmp_path / "03-kernels.json").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        compare.compare(options("03", device, tmp_path), "penalty", load_script("03_wgan_gp").penalty_of, lambda: None)
+    assert stopped.value.code == 2 and "03-kernels.json cannot be written: Is a directory\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["03-kernels.json"]
 
 
 def test_nothing_is_right(device, monkeypatch, capsys):
     monkeypatch.setattr(compare, "TOLERANCE", -1.0)
     rows = compare.compare_shape("adain", load_script("06_stylegan_blocks").adain, (2, 3, 4, 4), device)
-    assert [row["seconds"] for row in rows] == [{}, {}] and capsys.readouterr().out.count("not timed: wrong") == 6
+    assert [row["seconds"] for row in rows] == [{}, {}] and capsys.readouterr().out.count("not timed") == 6
 
 
 def test_a_wrong_gradient_alone_is_not_timed(device):

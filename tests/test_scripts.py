@@ -26,6 +26,7 @@ QUANTITIES = {"01_vanilla_gan": ["D(x)", "D(G(z))", "acc_D", "loss_D", "acc_G", 
               "04_cgan": ["W", "penalty", "grad_norm", "loss_C", "loss_G"],
               "05_sn_label_smoothing": ["D(x)", "D(G(z))", "loss_D", "loss_G", "sigma"],
               "06_stylegan_blocks": ["D(x)", "D(G(z))", "penalty", "loss_D", "loss_G", "level"]}
+FUSED = {"03_wgan_gp", "04_cgan", "06_stylegan_blocks"}
 THIN = {"06_stylegan_blocks": ["--width", "32", "--latent-dim", "8"]}  # for speed
 RUNS = [(script, "digits", []) for script in SCRIPTS] + [(script, "gaussians", ["--dataset", "gaussians"])
                                                          for script in ("01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing")]
@@ -53,8 +54,7 @@ def read_log(folder):
 def test_terminal(finished):
     script, dataset, folder, process = finished
     kernels = [line for line in process.stdout.splitlines() if line.startswith("kernels")]
-    fused = script in ("03_wgan_gp", "04_cgan", "06_stylegan_blocks")
-    assert [line for line in kernels if "compiling" not in line] == ["kernels fused, for cpu"] * fused
+    assert [line for line in kernels if "compiling" not in line] == ["kernels fused, for cpu"] * (script in FUSED)
     lines = [line for line in process.stdout.splitlines() if line not in kernels]
     assert re.match(rf"{script}, [\w-]+, seed 0$", lines[0])
     assert re.match(rf"device  cpu, \d+ threads, torch {re.escape(torch.__version__)}$", lines[1])
@@ -84,6 +84,7 @@ def test_log_and_options(finished):
     options = json.loads((folder / "options.json").read_text())
     assert options["dataset"] == dataset and options["epochs"] == 2 and options["script"] == script
     assert options["versions"]["torch"] == torch.__version__ and options["threads"] >= 1
+    assert options.get("kernels") == ("fused" if script in FUSED else None), "those in use, not those asked for"
 
 
 def test_pictures(finished):

@@ -1,0 +1,1 @@
+"""The fused kernels and what compiles, serves and compares them."""
