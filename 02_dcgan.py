@@ -1,19 +1,21 @@
-"""DCGAN: a convolutional generator and discriminator.
+"""DCGAN: a convolutional (畳み込み) generator and discriminator.
 
-Text: chapter 3, section 3.3 (example 4).
+Text: chapter 3, section 3.3 (実装例4).
 
-    min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]       the game of 3.1, as in 01
-    L_D = -(mean(log D(x)) + mean(log(1 - D(G(z))))) / 2              binary cross-entropy of 3.2
-    L_G = -mean(log D(G(z)))                                          non-saturating
+    min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]     the game of 3.1, as in 01
+    L_D = -(mean(log D(x)) + mean(log(1 - D(G(z))))) / 2            binary cross-entropy of 3.2
+    L_G = -mean(log D(G(z)))                                        non-saturating
 
-    python 02_dcgan.py                                                the networks of the example, 28x28
-    python 02_dcgan.py --image-size 64                                the ladder of the figure, 4x4 to 64x64
-    python 02_dcgan.py --image-size 64 --channels 3 --dataset folder --data-dir DIR         your own images
+    python 02_dcgan.py                                  the networks of 実装例4, 28x28
+    python 02_dcgan.py --image-size 64                  the figure of 3.3, 4x4 to 64x64
+    python 02_dcgan.py --image-size 64 --channels 3 --dataset folder --data-dir DIR  your own images
 
-The example follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them but for
-their dense ends (the figure has the generator's) and, as in the DCGAN paper, no BatchNorm at D's input.
-Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions leave
-(erratum 2) and returns logits (erratum 6). The example stops before the training; the step is that of 3.2.
+実装例4 follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them,
+except for the first and last Linear layers (the figure has the generator's) and, as in the DCGAN
+paper, for D's input, which has no BatchNorm.
+Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions
+leave (erratum 2) and returns logits (erratum 6). 実装例4 stops before the training; the step is
+that of 3.2, with its own z for each update.
 """
 
 import math
@@ -25,95 +27,109 @@ from torch import nn
 import common
 
 # ------------------------------------------------------------------------------- hyperparameters
-# Rates, betas and batch are those of 3.2 and of the text's table of recommended values; the epochs are ours.
+# Rates, betas and batch are those of 3.2 and of the table of recommended values in 3.6; the epochs
+# are ours. An epoch is N // batch steps: a last, smaller batch is left out.
 CONSTANTS = {
     "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
-                  latent_dim=100, slope=0.2, image_size=28, channels=1),
+                  latent_dim=100, image_size=28, channels=1),
 }
 
 
 # -------------------------------------------------------------------------------------- networks
 class Generator(nn.Sequential):
-    """Example 4: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065 parameters (erratum 1)."""
+    """実装例4 (生成器): z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1].
+
+    856,065 parameters (erratum 1).
+    """
 
     def __init__(self, latent_dim=100, channels=1):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
             nn.BatchNorm2d(128),
-            nn.Upsample(scale_factor=2),                                            # [N, 128, 14, 14]
+            nn.Upsample(scale_factor=2),                                    # [N, 128, 14, 14]
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Upsample(scale_factor=2),                                            # [N, 128, 28, 28]
+            nn.Upsample(scale_factor=2),                                    # [N, 128, 28, 28]
             nn.Conv2d(128, 64, 3, stride=1, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
             nn.Conv2d(64, channels, 3, stride=1, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
-    """Example 4: images [N, channels, 28, 28] -> logits [N, 1]; 98,113 parameters (erratum 1)."""
+    """実装例4 (識別器): images [N, channels, 28, 28] -> logits [N, 1]; 98,113 (erratum 1)."""
 
-    def __init__(self, slope=0.2, channels=1):
+    def __init__(self, channels=1):
         def block(inputs, outputs, norm=True):
-            layers = [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.LeakyReLU(slope), nn.Dropout2d(0.25)]
-            return layers + [nn.BatchNorm2d(outputs)] * norm
+            layers = [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+                      nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
+            if norm:
+                layers.append(nn.BatchNorm2d(outputs))
+            return layers
 
         super().__init__(
-            *block(channels, 16, norm=False),                                       # [N, 16, 14, 14]
-            *block(16, 32),                                                         # [N, 32, 7, 7]
-            *block(32, 64),                                                         # [N, 64, 4, 4]
-            *block(64, 128),                                                        # [N, 128, 2, 2]
-            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                                # erratum 2, erratum 6
+            *block(channels, 16, norm=False),                               # [N, 16, 14, 14]
+            *block(16, 32),                                                 # [N, 32, 7, 7]
+            *block(32, 64),                                                 # [N, 64, 4, 4]
+            *block(64, 128),                                                # [N, 128, 2, 2]
+            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                        # erratum 2, erratum 6
 
 
 def initialise(network):
-    """Weights from N(0, 0.02^2) (arXiv 1511.06434, section 4), BatchNorm's from N(1, 0.02^2) (its authors' code)."""
+    """Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code)."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
-            nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+            mean = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
+            nn.init.normal_(layer.weight, mean, 0.02)
             nn.init.zeros_(layer.bias)
 
 
-class LadderGenerator(nn.Sequential):
-    """The figure of 3.3: z [N, latent_dim] -> images [N, channels, 64, 64] in [-1, 1]; 12.7 million parameters."""
+class Generator64(nn.Sequential):
+    """The figure of 3.3: z [N, latent_dim] -> images [N, channels, 64, 64] in [-1, 1].
+
+    12.7 million parameters; 転置畳み込み (transposed convolutions).
+    """
 
     def __init__(self, latent_dim=100, channels=1):
         def block(inputs, outputs):
-            return (nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+            return (nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1),
+                    nn.BatchNorm2d(outputs), nn.ReLU())
 
         super().__init__(
-            nn.Linear(latent_dim, 1024 * 4 * 4), nn.Unflatten(1, (1024, 4, 4)), nn.BatchNorm2d(1024), nn.ReLU(),
-            *block(1024, 512),                                                      # [N, 512, 8, 8]
-            *block(512, 256),                                                       # [N, 256, 16, 16]
-            *block(256, 128),                                                       # [N, 128, 32, 32]
-            nn.ConvTranspose2d(128, channels, 4, stride=2, padding=1), nn.Tanh())   # [N, channels, 64, 64]
+            nn.Linear(latent_dim, 1024 * 4 * 4), nn.Unflatten(1, (1024, 4, 4)),
+            nn.BatchNorm2d(1024), nn.ReLU(),
+            *block(1024, 512),                                              # [N, 512, 8, 8]
+            *block(512, 256),                                               # [N, 256, 16, 16]
+            *block(256, 128),                                               # [N, 128, 32, 32]
+            nn.ConvTranspose2d(128, channels, 4, stride=2, padding=1), nn.Tanh())
         initialise(self)
 
 
-class LadderDiscriminator(nn.Sequential):
+class Discriminator64(nn.Sequential):
     """Its mirror: images [N, channels, 64, 64] -> logits [N, 1]; 11 million parameters."""
 
-    def __init__(self, slope=0.2, channels=1):
+    def __init__(self, channels=1):
         def block(inputs, outputs):
-            return (nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU(slope))
+            return (nn.Conv2d(inputs, outputs, 4, stride=2, padding=1),
+                    nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2))
 
         super().__init__(
-            nn.Conv2d(channels, 128, 4, stride=2, padding=1), nn.LeakyReLU(slope),  # [N, 128, 32, 32]
-            *block(128, 256),                                                       # [N, 256, 16, 16]
-            *block(256, 512),                                                       # [N, 512, 8, 8]
-            *block(512, 1024),                                                      # [N, 1024, 4, 4]
-            nn.Flatten(), nn.Linear(1024 * 4 * 4, 1))                               # logits: erratum 6
+            nn.Conv2d(channels, 128, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # [N, 128, 32, 32]
+            *block(128, 256),                                               # [N, 256, 16, 16]
+            *block(256, 512),                                               # [N, 512, 8, 8]
+            *block(512, 1024),                                              # [N, 1024, 4, 4]
+            nn.Flatten(), nn.Linear(1024 * 4 * 4, 1))                       # logits: erratum 6
         initialise(self)
 
 
-NETWORKS = {28: (Generator, Discriminator), 64: (LadderGenerator, LadderDiscriminator)}
+NETWORKS = {28: (Generator, Discriminator), 64: (Generator64, Discriminator64)}
 
 
 def generate_noise(count, args, device, generator=None):
-    """z [count, latent_dim] ~ N(0, I)."""
+    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I)."""
     return torch.randn(count, args.latent_dim, device=device, generator=generator)
 
 
 # ---------------------------------------------------------------------------------------- losses
 def discriminator_loss(real_logits, fake_logits):
-    """L_D of 3.2; the logits are [N, 1]."""
+    """L_D of 3.2, the mean of its two terms; the logits are [N, 1]."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return (real + fake) / 2
@@ -126,48 +142,53 @@ def generator_loss(fake_logits):
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z):
-    """One step down L_D; real: [N, channels, H, W], z: [N, latent_dim]. Returns what the epoch line reports."""
-    with torch.no_grad():                                       # the text's .detach(): G is not trained here
+    """One step down L_D; real: [N, channels, H, W], z: [N, latent_dim]. Returns what to log."""
+    with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
     loss = discriminator_loss(real_logits, fake_logits)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean(), "loss_D": loss}
+    d_real, d_fake = real_logits.sigmoid(), fake_logits.sigmoid()
+    return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "loss_D": loss}
 
 
 def generator_step(generator, discriminator, optimizer, z):
-    """One step down L_G; z: [N, latent_dim]."""
+    """One step down L_G; z: [N, latent_dim]. Returns what to log."""
     loss = generator_loss(discriminator(generator(z)))
     optimizer.zero_grad()
-    loss.backward(inputs=list(generator.parameters()))          # D passes the gradient on and stays as it is
+    loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated
     optimizer.step()
     return {"loss_G": loss}
 
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    args = common.Parser(__file__, __doc__, CONSTANTS, tuple(NETWORKS), stacked=True).options(argv)
+    args = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=tuple(NETWORKS)).options(argv)
     make_generator, make_discriminator = NETWORKS[args.image_size]
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim, args.channels), generate_noise, args)
+        generator = make_generator(args.latent_dim, args.channels)
+        return common.sample_run(generator, generate_noise, args)
 
     data = common.prepare(args)
     generator = make_generator(args.latent_dim, args.channels).to(args.device)
-    discriminator = make_discriminator(args.slope, args.channels).to(args.device)
+    discriminator = make_discriminator(args.channels).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("loss", ["loss_D", "loss_G"], {"equilibrium ln 2": math.log(2)})]
-    with common.Run(args, data, generate_noise, plots, generator=generator, discriminator=discriminator,
-                    optimizer_g=optimizer_g, optimizer_d=optimizer_d) as run:
+    with common.Run(args, data, generate_noise, plots, generator=generator,
+                    discriminator=discriminator, optimizer_g=optimizer_g,
+                    optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
+                # Discriminator: towards 1 for real, towards 0 for fake.
                 real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(discriminator_step(generator, discriminator, optimizer_d, real, z))
+                # Generator: D's output for its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z))
 

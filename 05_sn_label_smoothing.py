@@ -1,28 +1,30 @@
 """Spectral normalisation (スペクトル正規化), label smoothing and the text's other remedies.
 
-Text: chapter 3, section 3.4 (example 6 and label smoothing), the causes and cures of 3.2, exercises 2 and 3.
+Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cures (原因と対策) of
+3.2, 演習問題2 and 3; chapter 11, 11.2.1 (real labels from 0.8 to 1.2).
 
-    W <- W / sigma(W),  sigma(W) = max_h ||W h|| / ||h||              spectral norm (arXiv 1802.05957): the largest
-                                                                      singular value of W
-    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2                    BCE(D, t) = -t log D - (1 - t) log(1 - D)
-    L_G = mean(BCE(D(G(z)), 1))                                       non-saturating, never smoothed
+    W <- W / sigma(W),  sigma(W) = max_h ||W h|| / ||h||    スペクトルノルム (arXiv 1802.05957): the
+                                                            largest singular value (最大特異値) of W
+    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2         BCE(D, t) = -t log D - (1 - t) log(1 - D)
+    L_G = mean(BCE(D(G(z)), 1))                             non-saturating, never smoothed
 
     --spectral-norm on | off                 every layer of D divided by its largest singular value
     --label-smoothing none                   a = 1, b = 0
                       two-sided              a = 0.9, b = 0.1         3.4's table
                       one-sided              a = 0.9, b = 0           3.4's table
-                      random                 a ~ U(0.8, 1.2), b = 0   11.2.1; the loss may be negative
-    --minibatch-discrimination on | off      D sees how close the samples of its batch are to each other
+                      random                 a ~ U(0.8, 1.2) per sample, b = 0    11.2.1
+    --minibatch-discrimination on | off      D sees how close the samples of its batch are
     --ttur on | off                          two learning rates: 4e-4 for D, 1e-4 for G
     --n-critic N                             N updates of D for one of G
 
     python 05_sn_label_smoothing.py
-    python 05_sn_label_smoothing.py --spectral-norm off               all off: the plain objective of 02
+    python 05_sn_label_smoothing.py --spectral-norm off     all off: the plain objective of 02
     python 05_sn_label_smoothing.py --dataset gaussians --minibatch-discrimination on
 
-At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799 (erratum 42).
-sigma is that of the kernel as a matrix; the convolution as a map may stretch further (erratum 32).
-Differs from the text: spectral_norm is the parametrization (erratum 33); TTUR means learning rates (erratum 35).
+At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
+(erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further
+(erratum 32). Differs from the text: spectral_norm is the parametrization (erratum 33); TTUR means
+learning rates (erratum 35); random labels may make L_D negative.
 """
 
 import math
@@ -35,210 +37,228 @@ from torch.nn.utils.parametrizations import spectral_norm
 import common
 
 # ------------------------------------------------------------------------------- hyperparameters
-# The constants of 02 and, for the Gaussians, of 01: a comparison changes one thing at a time.
+# The constants of 02 and, for points, of 01: a comparison changes one thing at a time.
 CONSTANTS = {
-    "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
-                  slope=0.2, spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
-                  ttur="off", n_critic=1),
-    "gaussians": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
-                      slope=0.2, spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
-                      ttur="off", n_critic=1),
+    "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
+                  latent_dim=100, spectral_norm="on", label_smoothing="none",
+                  minibatch_discrimination="off", ttur="off", n_critic=1),
+    "points": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
+                   latent_dim=100, spectral_norm="on", label_smoothing="none",
+                   minibatch_discrimination="off", ttur="off", n_critic=1),
 }
-TTUR = dict(lr_g=1e-4, lr_d=4e-4)       # two learning rates (arXiv 1706.08500), the values of arXiv 1805.08318
+TTUR = dict(lr_g=1e-4, lr_d=4e-4)   # arXiv 1706.08500; the values of arXiv 1805.08318
 LABELS = {"none": (1.0, 1.0, 0.0), "two-sided": (0.9, 0.9, 0.1), "one-sided": (0.9, 0.9, 0.0),
           "random": (0.8, 1.2, 0.0)}    # lowest a, highest a, b
-KERNELS, KERNEL_DIM = 16, 5             # of minibatch discrimination; ours, the paper leaves them open
+ROWS, ROW_DIM = 16, 5               # of minibatch discrimination; ours, the paper leaves them open
 
 
 # -------------------------------------------------------------------------------------- networks
 class Generator(nn.Sequential):
-    """Example 4, as in 02: z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1]; 856,065 parameters."""
+    """実装例4's generator, as in 02: z [N, latent_dim] -> images [N, 1, 28, 28] in [-1, 1]."""
 
-    def __init__(self, latent_dim=100, channels=1):
+    def __init__(self, latent_dim=100):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
             nn.BatchNorm2d(128),
-            nn.Upsample(scale_factor=2),                                            # [N, 128, 14, 14]
+            nn.Upsample(scale_factor=2),                                    # [N, 128, 14, 14]
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Upsample(scale_factor=2),                                            # [N, 128, 28, 28]
+            nn.Upsample(scale_factor=2),                                    # [N, 128, 28, 28]
             nn.Conv2d(128, 64, 3, stride=1, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Conv2d(64, channels, 3, stride=1, padding=1), nn.Tanh())
+            nn.Conv2d(64, 1, 3, stride=1, padding=1), nn.Tanh())
 
 
 class Discriminator(nn.Sequential):
-    """Example 6: images [N, channels, 28, 28] -> logits [N, 1]; 2,755,009 parameters (erratum 30).
+    """実装例6 (識別器): images [N, 1, 28, 28] -> logits [N, 1]; 2,755,009 parameters (erratum 30).
 
-    normalise: spectral_norm, or a function that leaves its layer alone.
+    normalise: spectral_norm, or nn.Identity() for none.
     """
 
-    def __init__(self, slope=0.2, normalise=spectral_norm, minibatch=False, channels=1):
+    def __init__(self, normalise=spectral_norm, minibatch=False):
         super().__init__(
-            normalise(nn.Conv2d(channels, 64, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 64, 14, 14]
-            normalise(nn.Conv2d(64, 128, 4, stride=2, padding=1)), nn.LeakyReLU(slope),     # [N, 128, 7, 7]
-            normalise(nn.Conv2d(128, 256, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 256, 3, 3]
-            normalise(nn.Conv2d(256, 512, 4, stride=2, padding=1)), nn.LeakyReLU(slope),    # [N, 512, 1, 1]
+            normalise(nn.Conv2d(1, 64, 4, stride=2, padding=1)),            # [N, 64, 14, 14]
+            nn.LeakyReLU(0.2),
+            normalise(nn.Conv2d(64, 128, 4, stride=2, padding=1)),          # [N, 128, 7, 7]
+            nn.LeakyReLU(0.2),
+            normalise(nn.Conv2d(128, 256, 4, stride=2, padding=1)),         # [N, 256, 3, 3]
+            nn.LeakyReLU(0.2),
+            normalise(nn.Conv2d(256, 512, 4, stride=2, padding=1)),         # [N, 512, 1, 1]
+            nn.LeakyReLU(0.2),
             nn.Flatten(), *last_layers(512, normalise, minibatch))
 
 
 class PointsGenerator(nn.Sequential):
-    """For the eight Gaussians, as in 01: z [N, latent_dim] -> points [N, 2], unbounded."""
+    """For points, where the text has no network: z [N, latent_dim] -> points [N, 2], unbounded."""
 
-    def __init__(self, latent_dim=100, slope=0.2):
+    def __init__(self, latent_dim=100):
         super().__init__(
-            nn.Linear(latent_dim, 128), nn.LeakyReLU(slope),
-            nn.Linear(128, 128), nn.LeakyReLU(slope),
-            nn.Linear(128, 128), nn.LeakyReLU(slope),
-            nn.Linear(128, 2))                                  # no Tanh: it cannot reach points beyond 1
+            nn.Linear(latent_dim, 128), nn.LeakyReLU(0.2),
+            nn.Linear(128, 128), nn.LeakyReLU(0.2),
+            nn.Linear(128, 128), nn.LeakyReLU(0.2),
+            nn.Linear(128, 2))                              # no Tanh: points lie outside [-1, 1]
 
 
 class PointsDiscriminator(nn.Sequential):
-    """For the eight Gaussians, as in 01: points [N, 2] -> logits [N, 1]."""
+    """For points: points [N, 2] -> logits [N, 1]."""
 
-    def __init__(self, slope=0.2, normalise=spectral_norm, minibatch=False):
+    def __init__(self, normalise=spectral_norm, minibatch=False):
         super().__init__(
-            normalise(nn.Linear(2, 128)), nn.LeakyReLU(slope),
-            normalise(nn.Linear(128, 128)), nn.LeakyReLU(slope),
-            normalise(nn.Linear(128, 128)), nn.LeakyReLU(slope),
+            normalise(nn.Linear(2, 128)), nn.LeakyReLU(0.2),
+            normalise(nn.Linear(128, 128)), nn.LeakyReLU(0.2),
+            normalise(nn.Linear(128, 128)), nn.LeakyReLU(0.2),
             *last_layers(128, normalise, minibatch))
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Features [N, A] -> [N, A + KERNELS]: appended is how close each sample is to its batch (arXiv 1606.03498, 3.2).
+    """Features f [N, A] -> [N, A + ROWS]: appended is how close a sample is to the others.
 
-    M = T(f) in KERNELS rows of KERNEL_DIM numbers; o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums
-    over j; the mean differs by a factor and keeps o in (0, 1]. Between layers, not at D's input (erratum 34).
+    arXiv 1606.03498, 3.2: M = T(f) has ROWS rows of ROW_DIM numbers, and for sample i and row b
+    o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums over j; the mean differs by a factor
+    and keeps o in (0, 1]. It stands between layers, not at D's input (erratum 34).
     """
 
     def __init__(self, features, normalise):
         super().__init__()
-        self.project = normalise(nn.Linear(features, KERNELS * KERNEL_DIM, bias=False))
+        self.project = normalise(nn.Linear(features, ROWS * ROW_DIM, bias=False))
 
     def forward(self, features):
-        m = self.project(features).view(-1, KERNELS, KERNEL_DIM).transpose(0, 1)    # [KERNELS, N, KERNEL_DIM]
-        closeness = torch.exp(-torch.cdist(m, m, p=1)).mean(2)                      # [KERNELS, N]
+        m = self.project(features).view(-1, ROWS, ROW_DIM).transpose(0, 1)  # [ROWS, N, ROW_DIM]
+        closeness = torch.exp(-torch.cdist(m, m, p=1)).mean(2)              # [ROWS, N]
         return torch.cat([features, closeness.T], 1)
 
 
 def last_layers(features, normalise, minibatch):
-    """The end of both discriminators: features [N, A] -> logits [N, 1]."""
+    """The end of both discriminators: features [N, features] -> logits [N, 1]."""
     if minibatch:
-        return MinibatchDiscrimination(features, normalise), normalise(nn.Linear(features + KERNELS, 1))
+        return (MinibatchDiscrimination(features, normalise),
+                normalise(nn.Linear(features + ROWS, 1)))
     return (normalise(nn.Linear(features, 1)),)
 
 
-NETWORKS = {"dcgan": (lambda latent_dim, slope, **shape: Generator(latent_dim, **shape), Discriminator),
-            "gaussians": (PointsGenerator, PointsDiscriminator)}
+NETWORKS = {"dcgan": (Generator, Discriminator), "points": (PointsGenerator, PointsDiscriminator)}
 
 
 def generate_noise(count, args, device, generator=None):
-    """z [count, latent_dim] ~ N(0, I)."""
+    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I)."""
     return torch.randn(count, args.latent_dim, device=device, generator=generator)
 
 
 @torch.no_grad()
 def spectral_table(discriminator):
-    """Per layer of D, by its name: the three numbers that example 6 takes for one (erratum 31).
+    """Per layer of D, by its name: the three numbers that 実装例6 takes for one (erratum 31).
 
-    sigma: the true largest singular value of the weight that the layer computes with;
-    estimate: by power iteration, of the weight as trained; the layer divides by it (None without spectral_norm);
-    frobenius: the norm of the weight that the layer computes with that torch.norm(weight, p=2) returns.
+    sigma: the true largest singular value of the weight in use;
+    estimate: by power iteration, of the weight as trained; None without spectral_norm;
+    frobenius: the norm of the weight in use that torch.norm(weight, p=2) returns.
     """
-    discriminator.eval()                                        # in train mode every look moves the power iteration on
+    discriminator.eval()            # in train mode each access runs a power-iteration step
     table = {}
     for name, layer in discriminator.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            used = layer.weight.flatten(1).cpu()                # [outputs, inputs * kernel]
-            normalised = hasattr(layer, "parametrizations")
-            trained = layer.parametrizations.weight.original.cpu() if normalised else used
-            sigma = torch.linalg.matrix_norm(used, 2) if used.isfinite().all() else used.new_tensor(math.nan)
-            table[name] = {"sigma": sigma.item(),
-                           "estimate": (trained.norm() / used.norm()).item() if normalised else None,
-                           "frobenius": used.norm().item()}
+            used, estimate = layer.weight.flatten(1).cpu(), None    # [outputs, inputs * kernel]
+            if hasattr(layer, "parametrizations"):
+                # The weight in use is the trained one divided by the estimate.
+                trained = layer.parametrizations.weight.original.cpu()
+                estimate = (trained.norm() / used.norm()).item()
+            finite = used.isfinite().all()
+            sigma = torch.linalg.matrix_norm(used, 2).item() if finite else math.nan
+            table[name] = {"sigma": sigma, "estimate": estimate, "frobenius": used.norm().item()}
     discriminator.train()
     return table
 
 
 # ---------------------------------------------------------------------------------------- losses
 def discriminator_loss(real_logits, fake_logits, smoothing):
-    """L_D with the labels that `smoothing` names; the logits are [N, 1]."""
+    """L_D with the labels (正解ラベル) that `smoothing` names; the logits are [N, 1]."""
     low, high, fake_label = LABELS[smoothing]
     real_label = torch.full_like(real_logits, low)
     if low < high:
-        real_label.uniform_(low, high)                          # logits take labels above 1: erratum 23
+        real_label.uniform_(low, high)          # logits take labels above 1: erratum 23
     real = F.binary_cross_entropy_with_logits(real_logits, real_label)
-    fake = F.binary_cross_entropy_with_logits(fake_logits, torch.full_like(fake_logits, fake_label))
+    fake_label = torch.full_like(fake_logits, fake_label)
+    fake = F.binary_cross_entropy_with_logits(fake_logits, fake_label)
     return (real + fake) / 2
 
 
 def generator_loss(fake_logits):
-    """L_G; the logits are [N, 1]."""
+    """L_G of 3.2; the logits are [N, 1]."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z, smoothing):
-    """One step down L_D; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what the epoch line reports."""
-    with torch.no_grad():                                       # the text's .detach(): G is not trained here
+    """One step down L_D; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
+
+    Returns what to log.
+    """
+    with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
     loss = discriminator_loss(real_logits, fake_logits, smoothing)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean(), "loss_D": loss}
+    d_real, d_fake = real_logits.sigmoid(), fake_logits.sigmoid()
+    return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "loss_D": loss}
 
 
 def generator_step(generator, discriminator, optimizer, z):
-    """One step down L_G; z: [N, latent_dim]."""
+    """One step down L_G; z: [N, latent_dim]. Returns what to log."""
     loss = generator_loss(discriminator(generator(z)))
     optimizer.zero_grad()
-    loss.backward(inputs=list(generator.parameters()))          # D passes the gradient on, its parameters stay
+    loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated
     optimizer.step()
     return {"loss_G": loss}
 
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, stacked=True)
+    parser = common.Parser(__file__, __doc__, CONSTANTS)
     switch = dict(choices=["on", "off"])
-    parser.option("--spectral-norm", "divide every layer of D by its largest singular value", **switch)
-    parser.option("--label-smoothing", "D's labels; random: the loss may be negative", choices=list(LABELS))
+    parser.option("--spectral-norm", "divide D's layers by their largest singular values", **switch)
+    parser.option("--label-smoothing", "D's labels; random: the loss may be negative",
+                  choices=list(LABELS))
     parser.option("--minibatch-discrimination", "let D compare the samples of a batch", **switch)
-    parser.option("--ttur", f"learning rates {TTUR['lr_d']} for D and {TTUR['lr_g']} for G", **switch)
-    parser.option("--n-critic", "updates of D per update of G", type=common.number(int, at_least=1), metavar="N")
+    parser.option("--ttur", "learning rates 4e-4 for D and 1e-4 for G", **switch)
+    parser.option("--n-critic", "updates of D per update of G", metavar="N",
+                  type=common.number(int, at_least=1))
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
-    shape = {"channels": args.channels} if args.variant == "dcgan" else {}
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim, args.slope, **shape), generate_noise, args)
+        return common.sample_run(make_generator(args.latent_dim), generate_noise, args)
     if args.ttur == "on":
         if parser.given & TTUR.keys():
-            common.fail("--ttur on sets both learning rates; leave out --lr-g and --lr-d, or --ttur")
+            common.fail("--ttur on sets both learning rates; leave out --lr-g, --lr-d or --ttur")
         vars(args).update(TTUR)
 
     data = common.prepare(args)
-    normalise = spectral_norm if args.spectral_norm == "on" else lambda layer: layer
+    normalise = spectral_norm if args.spectral_norm == "on" else nn.Identity()
     minibatch = args.minibatch_discrimination == "on"
-    generator = make_generator(args.latent_dim, args.slope, **shape).to(args.device)
-    discriminator = make_discriminator(args.slope, normalise, minibatch, **shape).to(args.device)
+    generator = make_generator(args.latent_dim).to(args.device)
+    discriminator = make_discriminator(normalise, minibatch).to(args.device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
 
     low, high, b = LABELS[args.label_smoothing]
     a = (low + high) / 2
-    d = (a + b) / 2                                             # D at the equilibrium
+    d = (a + b) / 2                                     # D at the equilibrium
     loss_d = -((a + b) * math.log(d) + (2 - a - b) * math.log(1 - d)) / 2
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {f"equilibrium {d}": d}),
-             ("loss", ["loss_D", "loss_G"], {"equilibrium D": loss_d, "equilibrium G": -math.log(d)}),
-             ("largest singular value", ["sigma"], {"normalised: 1": 1} if args.spectral_norm == "on" else {})]
-    with common.Run(args, data, generate_noise, plots, generator=generator, discriminator=discriminator,
-                    optimizer_g=optimizer_g, optimizer_d=optimizer_d) as run:
+             ("loss", ["loss_D", "loss_G"],
+              {"equilibrium of D": loss_d, "equilibrium of G": -math.log(d)}),
+             ("largest singular value", ["sigma"],
+              {"normalised: 1": 1} if args.spectral_norm == "on" else {})]
+    with common.Run(args, data, generate_noise, plots, generator=generator,
+                    discriminator=discriminator, optimizer_g=optimizer_g,
+                    optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
+                # Discriminator, n_critic times: towards a for real, towards b for fake.
                 for _ in range(args.n_critic):
                     real, _ = next(batches)
                     z = generate_noise(args.batch_size, args, args.device)
-                    run.record(discriminator_step(generator, discriminator, optimizer_d, real, z, args.label_smoothing))
+                    run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
+                                                  args.label_smoothing))
+                # Generator: D's output for its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z))
             table = spectral_table(discriminator)
@@ -246,7 +266,8 @@ def main(argv=None):
             run.note("layers", table)
     print(f"{'layer':12}{'sigma':>12}{'estimate':>12}{'frobenius':>12}")
     for name, row in table.items():
-        print(f"{name:12}" + "".join(f"{'-' if value is None else f'{value:.4f}':>12}" for value in row.values()))
+        print(f"{name:12}" + "".join(f"{'-' if value is None else f'{value:.4f}':>12}"
+                                     for value in row.values()))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Plumbing of the numbered scripts: everything that is the same in all of them.
 
 1  Command line    flags, their checks, and the options of a run
-2  Data            real MNIST, digits drawn from fonts, mixtures of Gaussians; batches
-3  Pictures        image grids, scatter plots, curves, the film of a training
-4  Pipeline        the text's image-generation pipeline (section 3.6) around one generator
-5  Scores          what a generator has learned, in numbers (sections 3.2 and 3.6, exercises 2 and 5)
-6  Run             the folder, the epoch line, the log and the checkpoint of one training
+2  Run             the folder, the epoch line, the log and the checkpoints of one training; drawing from them
+3  Pipeline        the text's image-generation pipeline (実装例8, 3.6) around one generator
+4  Data            real MNIST, digits drawn from fonts, the Gaussians of 実装例3; batches
+5  Scores          what a generator has learned, in numbers (3.2, 3.6, 演習問題2 and 5)
+6  Pictures        image grids, scatter plots, curves, the film of a training
 
-Beside the text a reader needs section 5 alone: no network, loss or training step of a GAN is in this file.
+No network, loss or training step of a GAN is in this file. Beside the text stand section 3, MIXTURES of section 4,
+and section 5.
 """
 
 import argparse
 import contextlib
 import copy
 import functools
-import gzip
 import hashlib
 import http.client
 import inspect
@@ -22,18 +22,15 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import queue
 import shlex
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +43,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import extract_archive
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -58,32 +57,23 @@ from csrc.ops import fused  # noqa: F401  for the scripts
 
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
                 ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None)
-WISHES = {"generate", "interpolate", "explore", "styles", "evaluate"}  # what --from can do
-SAMPLING = WISHES | {"seed", "device", "label"}  # allowed beside --from
+GROUPS = {"training": "training", "data": "data", "output": "output and scores", "kernels": "fused kernels",
+          "drawing": "drawing from a run, with --from"}
 
 
 def fail(message, code=2):
-    """Print one line on stderr and leave; exit code 2 means bad input."""
+    """Print one line on stderr and exit; exit code 2 means bad input."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
-def write_whole(path, write):
-    """Write a file whole or not at all: write(temporary path), then give it its name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def written(path):
+    """A block that writes the file `path`: if that fails, one line says why."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stop_quietly(kind, error, traceback):
-    """An excepthook: Ctrl-C before a training has begun is no fault to trace back."""
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+        yield
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror})")
 
 
 def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf, at_most=math.inf):
@@ -93,90 +83,92 @@ def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf, at_most=ma
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if at_least <= value <= at_most and above < value < below:
+            if at_least <= (value := kind(text)) <= at_most and above < value < below:
                 return value
         name = {int: "whole number", float: "number"}[kind]
         raise argparse.ArgumentTypeError(f"expected a {name} {expected}, got {text!r}")
     return parse
 
 
+COUNT = dict(type=number(int, at_least=1), metavar="N")
+SIZE = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
+RATE = dict(type=number(float, above=0, below=1000), metavar="X")
+DECAY = dict(type=number(float, at_least=0, below=1), metavar="X")
+SWITCH = dict(action="store_const", const=True)
+FLAGS = {  # of every script: group, help, what argparse is told of its value
+    "--output-dir": (None, "folder that receives the run's folder", dict(metavar="DIR")),
+    "--from": (None, "draw from this trained run (folder or checkpoint)", dict(dest="run", metavar="RUN")),
+    "--batch-size": ("training", "samples per step", dict(type=number(int, at_least=2), metavar="N")),  # for BatchNorm
+    "--lr-g": ("training", "Adam's learning rate, generator", RATE),
+    "--lr-d": ("training", "Adam's learning rate, discriminator or critic", RATE),
+    "--beta1": ("training", "Adam's first beta", DECAY),
+    "--lr-decay": ("training", "share of the training, at its end, in which the learning rates fall to 0",
+                   dict(type=number(float, at_least=0, at_most=1), metavar="X")),
+    "--latent-dim": ("training", "numbers in one latent vector z", SIZE),
+    "--seed": ("training", "seed of all random numbers", dict(type=number(int, at_least=0, below=2**63), metavar="N")),
+    "--device": ("training", "where to compute", dict(choices=["auto", "cpu", "cuda", "mps"])),
+    "--max-batches": ("data", "at most N generator steps per epoch, for a quick look", COUNT),
+    "--sample-interval": ("output", "epochs between sample pictures and checkpoints (default: a twentieth of the run)",
+                          COUNT),
+    "--eval-interval": ("output", "epochs between scores; mnist, fashion-mnist and digits then hold out every sixth "
+                        "training image to choose best.pt. 0: no scores (default: scores at the end)",
+                        dict(type=number(int, at_least=0), metavar="N")),
+    "--ema-decay": ("output", "sample from a moving average of the generator, which keeps this much per step", DECAY),
+    "--evaluate": ("drawing", "score it", SWITCH),
+    "--generate": ("drawing", "a picture of N samples (default: 64)", SIZE),
+    "--interpolate": ("drawing", "paths between latent vectors", SWITCH),
+    "--explore": ("drawing", "move latent dimension DIM by -3 to 3", dict(type=number(int, at_least=0), metavar="DIM")),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of one numbered script.
 
-    `constants` is the script's table: a row of option values per variant. The option "variant" picks
-    the row, by default the first; the data sets of points have the row "gaussians". Every flag that
-    is not given takes the value of its row, so the table is the only place of defaults. `given` is
-    then the set of the flags that were given.
+    description: the script's docstring. constants: its table, a row of option values per variant. The option
+    "variant" picks the row, by default the first; data sets of points have the row "points". Every flag that is not
+    given takes the value of its row, so the table is the only place of defaults. `given` is then the set of the
+    flags that were given.
 
-    image_sizes: what --image-size offers in a script whose networks come in several sizes; such a
-    script also has --channels and takes images of your own, --dataset folder.
-    stacked: the script's networks take the three channels of --dataset stacked-mnist.
+    image_sizes: what --image-size offers in a script whose networks come in several sizes; such a script also has
+    --channels and takes images of your own, --dataset folder.
     kernels: which part of the script has fused kernels, and with it --kernels: "critic", which only a training uses,
-        or "generator", which --from uses too.
+    or "generator", which --from uses too.
     """
 
-    def __init__(self, script, description, constants, image_sizes=(), stacked=False, kernels=None):
-        super().__init__(prog=Path(script).name, description=description, allow_abbrev=False,
+    def __init__(self, script, description, constants, image_sizes=(), kernels=None):
+        summary, _, details = description.partition("\n")
+        super().__init__(prog=Path(script).name, usage="python %(prog)s [flags]", description=summary, epilog=details,
+                         allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
-        self.constants, self.kernels = constants, kernels
+        self.constants, self.kernels, self.drawing = constants, kernels, set()
         self.defaults = {**DEFAULTS, "kernels": "auto"} if kernels else DEFAULTS
-        count = dict(type=number(int, at_least=1), metavar="N")
-        size = dict(type=number(int, at_least=1, below=100_000), metavar="N")  # what becomes a tensor at once
-        rate = dict(type=number(float, above=0, below=1000), metavar="X")
-        datasets = ["auto", *CLASSIFIED, *["stacked-mnist"] * stacked, *["folder"] * bool(image_sizes)]
-        datasets += MIXTURES if "gaussians" in constants else []
-        self.option("--epochs", "rounds of (samples // batch size) generator steps", **count)
-        self.option("--batch-size", "samples per step", type=number(int, at_least=2), metavar="N")  # BatchNorm wants 2
-        self.option("--lr-g", "Adam's learning rate, generator", **rate)
-        self.option("--lr-d", "Adam's learning rate, discriminator or critic", **rate)
-        self.option("--beta1", "Adam's first beta", type=number(float, at_least=0, below=1), metavar="X")
-        self.option("--latent-dim", "numbers in one latent vector z", **size)
-        self.option("--seed", "seed of all random numbers", type=number(int, at_least=0, below=2**63), metavar="N")
-        self.option("--device", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+        self.groups = {name: self.add_argument_group(title) for name, title in GROUPS.items()
+                       if name != "kernels" or kernels}
+        datasets = ["auto", *CLASSIFIED, *["folder"] * bool(image_sizes), *(MIXTURES if "points" in constants else ())]
+        self.option("--epochs", "rounds of (samples // batch size) generator steps", None, **COUNT)
+        self.option("--dataset", "auto: MNIST if it is there or can be downloaded, else digits", None, choices=datasets)
+        self.option("--data-dir", "folder that holds, or receives, MNIST/raw" +
+                    "; with --dataset folder your images" * bool(image_sizes), None, metavar="DIR")
+        for flag, (group, text, settings) in FLAGS.items():
+            self.option(flag, text, group, **settings)
+        if image_sizes:
+            self.option("--image-size", "height and width in pixels", "data", type=int, choices=image_sizes)
+            self.option("--channels", "1: grey, 3: colour", "data", type=int, choices=(1, 3))
         if kernels:
             self.option("--kernels", "fused ones from csrc/, or PyTorch's own operations (reference); auto: fused "
-                        "where they can be compiled", choices=["auto", "fused", "reference"])
-        self.option("--dataset", "auto: MNIST if it is there or can be fetched, else digits", choices=datasets)
-        self.option("--data-dir", "folder that holds, or receives, MNIST/raw" +
-                    "; with --dataset folder your images, or a subfolder of them per class" * bool(image_sizes),
-                    metavar="DIR")
-        if image_sizes:
-            self.option("--image-size", "height and width in pixels", type=int, choices=image_sizes)
-            self.option("--channels", "1: grey, 3: colour", type=int, choices=(1, 3))
-        self.option("--output-dir", "folder that receives the run's folder", metavar="DIR")
-        self.option("--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", **count)
-        self.option("--checkpoint-interval", "epochs between checkpoints (default: a twentieth of the run)", **count)
-        self.option("--eval-interval", "epochs between scores; mnist, fashion-mnist and digits then hold out every "
-                    "sixth training image to choose best.pt. 0: no scores (default: scores at the end)",
-                    type=number(int, at_least=0), metavar="N")
-        self.option("--ema-decay", "sample from a moving average of the generator, which keeps this much per step",
-                    type=number(float, at_least=0, below=1), metavar="X")
-        self.option("--lr-decay", "share of the training, at its end, in which the learning rates fall to 0",
-                    type=number(float, at_least=0, at_most=1), metavar="X")
-        self.option("--max-batches", "at most N generator steps per epoch, for a quick look", **count)
-        self.option("--from", "draw from this trained run (folder or checkpoint)", dest="run", metavar="RUN")
-        self.option("--evaluate", "with --from: score it", action="store_const", const=True)
-        self.option("--generate", "with --from: a picture of N samples (default: 64)", **size)
-        self.option("--interpolate", "with --from: paths between latent vectors", action="store_const", const=True)
-        self.option("--explore", "with --from: move latent dimension DIM by -3 to 3",
-                    type=number(int, at_least=0), metavar="DIM")
+                        "where they can be compiled", "kernels", choices=["auto", "fused", "reference"])
 
-    def option(self, flag, help, **settings):
-        """Add a flag; its help shows the default, row by row where the rows of the table differ."""
+    def option(self, flag, help, group="training", **settings):
+        """Add a flag to a group of GROUPS; its help shows the default, row by row where the rows of the table differ."""
         name = flag.strip("-").replace("-", "_")
-        values = {row: table[name] for row, table in self.constants.items() if name in table}
+        values = {row: {**self.defaults, **table}.get(name) for row, table in self.constants.items()}
+        default = ", ".join(f"{row} {value}" for row, value in values.items())
         if len(set(values.values())) == 1:
-            values = {"": next(iter(values.values()))}
-        if not values and self.defaults.get(name) is not None:
-            values = {"": self.defaults[name]}
-        default = ", ".join(f"{row} {value}".strip() for row, value in values.items())
-        self.add_argument(flag, help=f"{help} (default: {default})" if default else help, **settings)
-
-    def format_help(self):
-        """The help text, with "?" for the Japanese that the terminal's encoding cannot print."""
-        encoding = sys.stdout.encoding or "utf-8"
-        return super().format_help().encode(encoding, "replace").decode(encoding)
+            default = next(iter(values.values()))
+        action = self.groups.get(group, self).add_argument(
+            flag, help=help if default is None else f"{help} (default: {default})", **settings)
+        if group == "drawing":
+            self.drawing.add(action.dest)
 
     def error(self, message):
         fail(message)
@@ -184,33 +176,22 @@ class Parser(argparse.ArgumentParser):
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
         sys.excepthook = stop_quietly
+        with contextlib.suppress(AttributeError):
+            sys.stdout.reconfigure(errors="replace")  # "?" for the Japanese that a terminal's encoding lacks
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         self.given = set(given)
-        if "run" in given and "compare_kernels" in given:
-            fail("--compare-kernels times a training step; leave out --from")
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
-        for name in sorted(SAMPLING - {"seed", "device"}):
-            if name in given:
-                fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
-        if given.get("dataset") == "folder" and given.get("eval_interval"):
-            fail("--eval-interval: images of your own have no test images and no classes to score samples with")
-        planar = given.get("dataset") in MIXTURES
-        if planar and "variant" in given:
-            fail(f"{self._flag('variant')} {given['variant']} is for images; "
-                 f"--dataset {given['dataset']} has networks of its own")
+        for name in sorted(self.drawing & self.given):
+            fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
+        dataset = given.get("dataset")
+        if dataset in MIXTURES and "variant" in given:
+            fail(f"{self._flag('variant')} {given['variant']} is for images; --dataset {dataset} has its own networks")
         if "compare_kernels" in given and given.setdefault("kernels", "fused") != "fused":
             fail("--compare-kernels compares fused kernels with the reference; leave out --kernels")
-        options = {"script": Path(self.prog).stem, **self.defaults}
-        row = given.setdefault("variant", "gaussians" if planar else next(iter(self.constants)))
-        options.update(self.constants[row])
-        options.update(given)
-        if options["dataset"] == "stacked-mnist":
-            if given.get("channels") == 1 or options.get("image_size", 28) != 28:
-                fail("--dataset stacked-mnist has 3 channels of 28x28; leave out --channels and --image-size")
-            options["channels"] = 3
-        for name in ("sample_interval", "checkpoint_interval"):
-            options.setdefault(name, max(1, options["epochs"] // 20))
+        row = given.setdefault("variant", "points" if dataset in MIXTURES else next(iter(self.constants)))
+        options = {"script": Path(self.prog).stem, **self.defaults, **self.constants[row], **given}
+        options.setdefault("sample_interval", max(1, options["epochs"] // 20))
         return argparse.Namespace(**options)
 
     def _options_of_run(self, given):
@@ -227,42 +208,69 @@ class Parser(argparse.ArgumentParser):
             fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
         if script != Path(self.prog).stem:
             fail(f"--from: {path} was trained by {script}.py; give it to that script")
-        row = self.constants.get(options.get("variant"), {})
-        options = {**self.defaults, **row, **options}  # a run may be older than a flag
-        allowed = SAMPLING | ({"data_dir"} if "evaluate" in given else set())
-        allowed |= {"kernels"} if self.kernels == "generator" else set()
+        options = {**self.defaults, **self.constants.get(options.get("variant"), {}), **options}  # may lack new flags
+        allowed = {"seed", "device", *self.drawing, *["data_dir"] * ("evaluate" in given),
+                   *["kernels"] * (self.kernels == "generator")}
         for name, value in given.items():
             if name not in allowed and options.get(name) != value:
                 fail(f"{self._flag(name)} {value} contradicts the run, which has {options.get(name)}; "
                      "--from trains nothing")
         if given.get("explore", 0) >= latent_dim:
             fail(f"--explore {given['explore']}: the run's latent dimensions are 0 to {latent_dim - 1}")
-        if not WISHES & given.keys() or given.keys() >= {"evaluate", "label"} and len(WISHES & given.keys()) == 1:
+        wanted = given.keys() & self.drawing
+        if wanted <= {"label"} or wanted == {"label", "evaluate"}:
             given["generate"] = 64
-        options |= {**dict.fromkeys(WISHES), "label": None, "device": "auto", "kernels": "auto", **given}
-        options["run"] = str(path)
+        options |= {**dict.fromkeys(self.drawing | {"label", "styles"}), "device": "auto", "kernels": "auto", **given}
         if self.kernels != "generator":
             del options["kernels"]  # none are used
-        return options
+        return options | {"run": str(path)}
 
     def _flag(self, name):
         return next(action.option_strings[0] for action in self._actions if action.dest == name)
 
 
+# ---------------------------------------------------------------------------------------------
+# 2  Run
+# ---------------------------------------------------------------------------------------------
+
+def prepare(args, classes=0):
+    """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be.
+
+    classes: how many a conditional generator knows, 0 for one that takes no labels.
+    """
+    torch.manual_seed(args.seed)
+    args.device = pick_device(args.device)
+    with written(f"--output-dir {args.output_dir}"):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()
+    name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
+    print(f"{args.script}, {args.variant}, seed {args.seed}")
+    print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
+    args.dataset, args.classes = data.name, classes
+    if args.eval_interval and data.name in CLASSIFIED:
+        data, held_out = hold_out(data)
+        print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
+    if len(data.samples) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
+    print(f"data    {data.name}, {len(data.samples)} samples of {list(data.samples.shape[1:])}, batch {args.batch_size}")
+    choose_kernels(args)
+    return data
+
+
 def pick_device(wanted):
     """The device that `wanted` (auto, cpu, cuda or mps) stands for on this machine."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(name for name, here in usable.items() if here)
-    if not usable[wanted]:
+    device = next(name for name, here in usable.items() if here) if wanted == "auto" else wanted
+    if not usable[device]:
         fail(f"--device {wanted}: this torch ({torch.__version__}) finds no such device here")
-    return wanted
+    return device
 
 
 def choose_kernels(args):
     """Choose the kernels of `fused` formulas as --kernels says, and say what it came to; nothing in scripts without.
 
-    Leaves with exit code 2 where --kernels fused cannot be had.
+    Exits with code 2 where --kernels fused cannot be had.
     """
     if "kernels" in args:
         try:
@@ -272,19 +280,372 @@ def choose_kernels(args):
         args.kernels = "fused" if ops.KERNELS else "reference"  # for options.json
 
 
-def compare_kernels(args, kind, formula, step):
-    """--compare-kernels: a table, and a file of it in the output folder.
+def compare_kernels(args, formula, step):
+    """--compare-kernels: a table of the kernel that serves `formula`, and a file of it in the output folder.
 
-    kind: "penalty" or "adain"; formula: the script's function under @fused; step: one training step. Leaves with exit
-    code 1 where a kernel is wrong.
+    formula: the script's function under @fused; step: one training step. Exits with code 1 where a kernel is wrong.
     """
-    from csrc.compare import compare  # not above: it imports this module
+    from csrc.compare import compare  # slow to import
 
-    compare(args, kind, formula, step)
+    path = Path(args.output_dir, f"{args.script}-kernels.json")
+    table = {name: getattr(args, name) for name in ("script", "variant", "dataset", "batch_size")}
+    for line in compare(formula, step, args.device, free_memory(), table):
+        print(line, flush=True)
+    with written(path):
+        write_whole(path, json.dumps(table, indent=1) + "\n")
+    print(f"saved   {path}")
+    if not all("fused" in row["seconds"] for row in table["rows"]):
+        fail("a fused kernel is wrong", code=1)
+
+
+@torch.no_grad()
+def update_average(average, generator, decay):
+    """average <- decay average + (1 - decay) generator, buffers included (ProGAN, arXiv 1710.10196, appendix A)."""
+    new = generator.state_dict()
+    for name, value in itertools.chain(average.named_parameters(), average.named_buffers()):
+        if value.is_floating_point():
+            new[name] = torch.lerp(value, new[name], 1 - decay)
+    average.load_state_dict(new)  # counters and 06's level as they are
+
+
+class Run:
+    """One training: its folder, epoch lines, log, pictures, scores and checkpoints.
+
+    plots: the panels of curves.png, as save_curves takes them.
+    styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
+    state: every module and optimizer of the training by name, `generator` among them. With --ema-decay
+        its moving average is added as `average`; that one is sampled and scored.
+
+        with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
+            for batches in run.epochs():        # an endless stream of real batches per epoch
+                for _ in run.steps():           # N // batch generator steps
+                    run.record(step(...))       # quantities to average over the epoch
+
+    Ctrl-C keeps a checkpoint (exit code 130); a quantity that is no longer finite ends the run (1).
+    """
+
+    def __init__(self, args, data, draw_noise, plots, styles=None, **state):
+        self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
+        self.epoch = self.step = 0  # how many are done
+        self.history, self.scores = [], {}  # a row per epoch; the last scores of each checkpoint
+        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
+        if args.ema_decay:
+            state["average"] = copy.deepcopy(state["generator"])
+        if self.scorer:
+            when = f"every {args.eval_interval} epochs" if args.eval_interval else "at the end"
+            print(f"scores  {when}, of {self.scorer.count} samples against {self.scorer.against}")
+        elif args.eval_interval:
+            fail(f"--eval-interval: {NO_SCORES}")
+        elif args.eval_interval is None:
+            print(f"scores  none: {NO_SCORES}")
+        self.rates = [(group, group["lr"]) for part in state.values() if isinstance(part, torch.optim.Optimizer)
+                      for group in part.param_groups]
+        self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
+        self.folder = self._new_folder()
+        self.samples = self.folder / "samples"
+        self.samples.mkdir()
+        self.pictures = []
+        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, matplotlib)}
+        options = {**vars(args), "threads": torch.get_num_threads(),
+                   "versions": {"python": platform.python_version(), **versions}}
+        write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
+        print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
+
+        self.pipeline = Pipeline(state.get("average", state["generator"]), draw_noise, args)
+        points = data.samples.dim() == 2
+        self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
+        self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
+        self._save_real(len(self.latents[0]))
+
+    def _new_folder(self):
+        for number in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                folder = Path(self.args.output_dir, f"{self.args.script}-{self.args.dataset}-{number:04d}")
+                folder.mkdir()
+                return folder
+
+    def _save_real(self, count):
+        index = torch.arange(count) * len(self.data.samples) // count  # evenly: folders come class by class
+        if self.args.classes:  # a row per class
+            index = torch.cat([(self.data.labels == label).nonzero()[:8, 0].cpu() for label in range(self.args.classes)])
+        self.pipeline.save(self.data.scaled(index.to(self.data.samples.device)).cpu(), 8, self.samples / "real.png")
+
+    def __enter__(self):
+        self._picture()
+        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step",
+                        disable=None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        if kind is KeyboardInterrupt:
+            self.save_checkpoint()
+            self._save_log()
+            if self.history:
+                self._curves()
+            print(f"interrupted after {self.epoch} epochs; checkpoint.pt and curves.png are in {self.folder}")
+            raise SystemExit(130)
+
+    def epochs(self):
+        """One endless stream of (real, labels) batches per epoch; log, checkpoints, pictures and scores in between."""
+        while self.epoch < self.args.epochs:
+            self.sums, self.notes, start = {}, {}, time.perf_counter()
+            yield self.data.batches(self.args.batch_size)
+            row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
+            self._log(row, time.perf_counter() - start)
+            if self._due(self.args.sample_interval):
+                self.save_checkpoint()
+                self._picture()
+                self._curves()
+            if self.epoch == self.args.epochs:
+                self._final_pictures()
+            if self.scorer and self._due(self.args.eval_interval):
+                self._score()
+        self.bar.close()
+        if self.scorer:
+            show_scores(self.scorer, self.scores)
+        print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
+        print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")
+
+    def _due(self, interval):
+        return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
+
+    def steps(self):
+        """Counts the generator steps of one epoch; sets the learning rates, updates the moving average."""
+        for _ in range(self.steps_per_epoch):
+            left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
+            for group, rate in self.rates:
+                group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
+            yield
+            self.step += 1
+            if "average" in self.state:
+                update_average(self.state["average"], self.state["generator"], self.args.ema_decay)
+            self.bar.update()
+
+    def record(self, quantities):
+        """Add 0-d tensors by name to this epoch's means; they stay on the device until the epoch ends."""
+        for name, value in quantities.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.detach(), count + 1
+
+    def note(self, name, content):
+        """Add what JSON can hold to this epoch's line of log.jsonl; the epoch line does not show it."""
+        self.notes[name] = content
+
+    def _log(self, row, seconds):
+        """The epoch is done: its line, and its row of log.jsonl."""
+        epoch, width = self.epoch + 1, len(str(self.args.epochs))
+        values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
+        self._print(f"epoch {epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s")
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            self.bar.close()
+            fail(f"{bad[0]} is no longer finite in epoch {epoch}; try smaller --lr-g and --lr-d "
+                 f"(output so far in {self.folder})", code=1)
+        self.history.append({"epoch": epoch, "step": self.step, "seconds": round(seconds, 3), **row, **self.notes})
+        self.epoch = epoch
+        self._save_log()
+
+    def _save_log(self):
+        write_whole(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def _score(self):
+        """Score the generator, add that to the epoch's row of the log, and keep the best generator."""
+        self.scores["checkpoint.pt"] = scores = {"epoch": self.epoch, **self.scorer(self.pipeline)}
+        self.history[-1] |= scores
+        self._save_log()
+        if self.epoch < self.args.epochs:  # else the table follows
+            self._print("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
+                                               if scores.get(name) is not None))
+        best = self.scores.get("best.pt", {"FD_held_out": math.inf})
+        if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
+            self.scores["best.pt"] = scores
+            self.save_checkpoint("best.pt")
+        save_scores(self.scorer, self.args.seed, self.scores, self.folder / "metrics.json")
+        self._curves()
+
+    def _print(self, line):
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def _curves(self):
+        """curves.png, with the scores once there are two of them."""
+        plots = self.plots
+        if self.scorer and sum(self.scorer.curves[0][1][0] in row for row in self.history) > 1:
+            kind, floor = self.scorer.floor_name, self.scorer.floor
+            plots = plots + [(title, names, {f"{name}, {kind}": floor[name] for name in names})
+                             for title, names in self.scorer.curves]
+        save_curves(self.history, plots, self.folder / "curves.png")
+
+    def _picture(self):
+        self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
+        self.pipeline.generate(*self.latents, self.pictures[-1])
+
+    def _final_pictures(self):
+        self.pipeline.generate(*self.final_latents, self.samples / "final.png")
+        self.pipeline.interpolate(self.samples / "interpolation.png")
+        dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
+        self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
+        for name, draw in self.styles.items():
+            draw(self.pipeline, path=self.samples / f"{name}.png")
+        save_film(self.pictures, self.samples / "progress.gif")
+
+    def save_checkpoint(self, name="checkpoint.pt"):
+        """Write a checkpoint whole or not at all: options, position and all states."""
+        content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
+                   **{name: part.state_dict() for name, part in self.state.items()}}
+        write_whole(self.folder / name, functools.partial(torch.save, content))
+
+
+def write_whole(path, content):
+    """Write a file whole or not at all; content: its text, or a function that writes it to the path it is given."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content) if isinstance(content, str) else content(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stop_quietly(kind, error, traceback):
+    """An excepthook: Ctrl-C before a training has begun is no fault to trace back."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def sample_run(generator, draw_noise, args, styles=None):
+    """--from: load the run's generator, score it, write the pictures that were asked for into its samples/.
+
+    styles: what --styles draws, {name: function of the pipeline and a path}.
+    """
+    args.device = pick_device(args.device)
+    run = Path(args.run)
+    load_generator(generator, run)
+    choose_kernels(args)
+    pipeline = Pipeline(generator.to(args.device), draw_noise, args)
+    wishes = {}
+    if args.generate:
+        wishes[f"generated-{args.generate}"] = functools.partial(
+            pipeline.generate, *pipeline.latents(args.generate, args.label))
+    if args.interpolate:
+        wishes["interpolation"] = functools.partial(pipeline.interpolate, label=args.label)
+    if args.explore is not None:
+        wishes[f"latent_walk-dim{args.explore}"] = functools.partial(
+            pipeline.explore, [args.explore] * pipeline.rows, label=args.label)
+    if args.styles:
+        wishes |= {name: functools.partial(draw, pipeline) for name, draw in styles.items()}
+    for name, draw in wishes.items():
+        label = "" if args.label is None else f"-class{args.label}"
+        path = run.parent / "samples" / f"{name}{label}-seed{args.seed}.png"
+        with written(path):
+            path.parent.mkdir(exist_ok=True)
+            draw(path=path)
+        print(path)
+    if args.evaluate:
+        evaluate_run(pipeline, run)
+
+
+def load_generator(generator, path):
+    """Give the generator the state in a checkpoint, of its moving average if there is one; return the epoch."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
+        return checkpoint["epoch"]
+    except Exception:  # noqa: BLE001  whatever a damaged file raises
+        fail(f"--from: the generator in {path} does not fit its own options; the file is damaged, or of an older version")
+
+
+def evaluate_run(pipeline, path):
+    """--evaluate: score a checkpoint, and with checkpoint.pt the best.pt beside it; writes metrics.json."""
+    whole = path.name == "checkpoint.pt"
+    files = [path] + [path.with_name("best.pt")] * (whole and path.with_name("best.pt").exists())
+    for file in files:  # a damaged one is refused before the work begins
+        load_generator(pipeline.generator, file)
+    scorer = make_scorer(pipeline.args)
+    if not scorer:
+        fail(f"--evaluate: {NO_SCORES}")
+    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)} for file in files}
+    show_scores(scorer, scores)
+    target = path.with_name("metrics.json" if whole else f"metrics-{path.stem}.json")
+    with written(target):
+        save_scores(scorer, pipeline.args.seed, scores, target)
+    print(target)
 
 
 # ---------------------------------------------------------------------------------------------
-# 2  Data
+# 3  Pipeline
+# ---------------------------------------------------------------------------------------------
+
+class Pipeline:
+    """The text's image-generation pipeline (実装例8, 3.6): generate, interpolate, explore, save.
+
+    generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
+    draw_noise(count, args, device, generator): the script's latent distribution.
+    Each picture's latents are drawn by a generator of its own: the same --seed gives the same
+    picture, and the random numbers of a training are left alone (erratum 59). They are not those that a
+    training with this seed begins with, either: its weights would be made of the same numbers.
+    """
+
+    ROWS, STEPS = 8, 10  # rows of an interpolation or a walk, pictures in a row
+    OTHER = 0x5EED5EED  # turns a seed into another one
+
+    def __init__(self, generator, draw_noise, args):
+        self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
+        self.rows = args.classes or self.ROWS
+        points = {"reach": MIXTURES[args.dataset][0].max().item() + 0.5} if args.dataset in MIXTURES else {}
+        self.save = functools.partial(save_picture, **points)
+        self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed ^ self.OTHER))
+
+    def __call__(self, z, labels):
+        """Samples on the CPU, in eval mode, without gradients; the generator's mode is restored."""
+        inputs = (z, labels) if self.args.classes else (z,)
+        was_training = self.generator.training
+        self.generator.eval()
+        with torch.no_grad():
+            parts = [self.generator(*(part.to(self.device) for part in group)).cpu()
+                     for group in zip(*(full.split(250) for full in inputs))]
+        self.generator.train(was_training)
+        return torch.cat(parts)
+
+    def latents(self, count, label=None):
+        """z and labels for `count` samples; a conditional generator gets each z under every class, or `label`.
+
+        Class by class, and with as many z as it takes: `count` is rounded up to a multiple of the classes.
+        """
+        classes = self.args.classes
+        if classes and label is None:
+            columns = math.ceil(count / classes)
+            return self.noise(columns).repeat(classes, 1), torch.arange(classes).repeat_interleave(columns)
+        return self.noise(count), torch.full((count,), label or 0)
+
+    def generate(self, z, labels, path):
+        """A grid of samples; with several classes one row per class, one column per z."""
+        columns = (labels == 0).sum().item() if len(labels.unique()) > 1 else math.ceil(math.sqrt(len(z)))
+        self.save(self(z, labels), columns, path)
+
+    def interpolate(self, path, label=None):
+        """Each row goes from one latent vector to another in a straight line, (1 - t) z1 + t z2 (erratum 61)."""
+        z1, z2 = self.noise(2 * self.rows)[:, None].chunk(2)
+        self._rows(torch.lerp(z1, z2, torch.linspace(0, 1, self.STEPS)[None, :, None]), path, label)
+
+    def explore(self, dimensions, path, label=None, one_base=False):
+        """Row r moves dimension `dimensions[r]` of a latent vector by -3 to +3 (erratum 16), the rest stands still."""
+        z = self.noise(1 if one_base else len(dimensions)).expand(len(dimensions), -1)
+        z = z[:, None].repeat(1, self.STEPS, 1)
+        for row, dimension in enumerate(dimensions):
+            z[row, :, dimension] += torch.linspace(-3, 3, self.STEPS)
+        self._rows(z, path, label)
+
+    def _rows(self, z, path, label):
+        labels = torch.arange(len(z)) if label is None else torch.full((len(z),), label)
+        samples = self(z.flatten(0, 1), labels.repeat_interleave(self.STEPS))
+        self.save(samples, self.STEPS, path, paths=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4  Data
 # ---------------------------------------------------------------------------------------------
 
 class Data(NamedTuple):
@@ -312,12 +673,10 @@ class Data(NamedTuple):
 def load_data(name, data_dir, split="train", device="cpu", image_size=28, channels=1):
     """The data set `name` (see --dataset), its "train" or "test" split, as Data on `device`.
 
-    Leaves with exit code 2 when a data set named explicitly is neither there nor to be had, when a
-    file of it is damaged, and when it does not fit into memory. Only "auto" may end up with other
-    data, and says so.
+    Exits with code 2 when a data set named explicitly is neither present nor downloadable, when a file of it is
+    damaged, and when it does not fit into memory. Only "auto" may end up with other data, and says so.
     """
-    stacked = name == "stacked-mnist"
-    if name in ("auto", "mnist", "fashion-mnist") or stacked:
+    if name in ("auto", "mnist", "fashion-mnist"):
         kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
         folder = Path(data_dir, kind.__name__, "raw")
         trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
@@ -332,13 +691,11 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
             fail(f"--dataset {name}: {trouble}; {advice}")
     if name == "digits":
         samples, labels = draw_digits(split)
-    if stacked:
-        samples, labels = stack_digits(samples, labels, split)
     if name in MIXTURES:
         samples, labels = draw_mixture(name, split)
     elif name == "folder":
         samples, labels = read_folder(Path(data_dir), image_size, channels, device)
-    elif (image_size, channels) != (28, samples.size(1)):
+    elif (image_size, channels) != (28, 1):
         samples = enlarge(samples, image_size, channels, device)
     return Data(name, samples.to(device), labels.to(device))
 
@@ -377,43 +734,22 @@ def download(kind, data_dir):
 
 
 def read_mnist(folder, prefix):
-    """Images uint8 [N, 1, 28, 28] and labels int64 [N] from the two IDX files of one split."""
-    images = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
-    labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
-    if images.shape[1:] != (28, 28):
-        height, width = images.shape[1:]
-        fail(f"{folder}/{prefix}-images-idx3-ubyte: images of {height}x{width} pixels, expected 28x28")
-    if len(images) != len(labels):
-        fail(f"{folder}: {len(images)} {prefix} images but {len(labels)} labels; the files do not belong together")
-    if labels.max(initial=0) > 9:
-        fail(f"{folder}/{prefix}-labels-idx1-ubyte: label {labels.max()} found, expected 0 to 9; fetch the file again")
-    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
-
-
-def read_idx(folder, name, dimensions):
-    """One IDX file, raw or .gz, as a uint8 array; leaves with one line if it is damaged or another file."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if os.path.exists(p)), None)
-    if path is None:
-        fail(f"{folder / name} is missing or locked (raw or .gz), though other files of its data set are there")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()
-    except EOFError:
-        fail(f"{path} is truncated: the compressed data stops early; fetch it again")
-    except (OSError, zlib.error) as error:
-        fail(f"{path} cannot be read ({error}); fetch it again")
-    start = 4 + 4 * dimensions
-    if len(content) < start:
-        fail(f"{path} is truncated: {len(content)} bytes, its header alone has {start}; fetch it again")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", content[:start])
-    if magic != 0x800 + dimensions:  # 0x08: unsigned bytes
-        kinds = {0x801: "IDX labels", 0x803: "IDX images"}
-        fail(f"{path} holds {kinds.get(magic, 'no IDX data')}, expected {kinds[0x800 + dimensions]}; is it misnamed?")
-    expected, found = math.prod(shape), len(content) - start
-    if found != expected:
-        word = "truncated" if found < expected else "corrupt"
-        fail(f"{path} is {word}: {found} data bytes, its header announces {expected}; fetch it again")
-    return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)
+    """Images uint8 [N, 1, 28, 28] and labels int64 [N] from the two IDX files of one split, raw or .gz."""
+    found = []
+    for name, read in [("images-idx3", read_image_file), ("labels-idx1", read_label_file)]:
+        path = folder / f"{prefix}-{name}-ubyte"
+        if not path.exists():
+            path = path.with_name(f"{path.name}.gz")
+        try:
+            with tempfile.TemporaryDirectory() as unpacked:
+                found.append(read(extract_archive(path, unpacked) if path.suffix == ".gz" else path))
+        except Exception as error:  # noqa: BLE001  whatever torchvision raises on a damaged file
+            fail(f"{path} is missing, damaged or misnamed ({type(error).__name__}: {error}); fetch it again")
+    images, labels = found
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
+        fail(f"{folder}: its {prefix} files hold images {list(images.shape)} and labels {list(labels.shape)} "
+             f"up to {labels.max()}, expected one label from 0 to 9 for each image of 28x28 pixels")
+    return images[:, None], labels
 
 
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif",
@@ -437,6 +773,7 @@ def draw_glyphs():
     return blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
 
 
+@functools.cache
 def draw_digits(split):
     """60,000 training or 10,000 test digits like MNIST's: uint8 [N, 1, 28, 28], labels [N]. Always the same.
 
@@ -465,7 +802,7 @@ def draw_digits(split):
 
 
 MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaussians
-    # The text's (example 3, erratum 8), all halved: most coordinates lie in [-1, 1].
+    # 実装例3's (erratum 8), all halved: most coordinates lie in [-1, 1].
     "gaussians": (torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]]) / 2, 0.05),
     # PacGAN's (arXiv 1712.04086, 4.1).
     "ring": (torch.stack([torch.arange(8).mul(math.pi / 4).cos(), torch.arange(8).mul(math.pi / 4).sin()], 1), 0.01),
@@ -476,26 +813,9 @@ MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaus
 def draw_mixture(name, split):
     """Points [N, 2] of a mixture and the number of the centre of each [N]; PacGAN's training sets have 100,000."""
     count, seed = {"train": (60_000 if name == "gaussians" else 100_000, 1), "test": (10_000, 2)}[split]
-    return sample_mixture(name, count, torch.Generator().manual_seed(seed))
-
-
-def sample_mixture(name, count, rng):
-    """A perfect sampler of a mixture: points [count, 2], labels [count]."""
-    centres, sigma = MIXTURES[name]
+    (centres, sigma), rng = MIXTURES[name], torch.Generator().manual_seed(seed)
     labels = torch.randint(len(centres), (count,), generator=rng)
     return centres[labels] + sigma * torch.randn(count, 2, generator=rng), labels
-
-
-def stack_digits(images, labels, split):
-    """Three random digits as one colour image: uint8 [N, 3, 28, 28] and its number [N] below 1000.
-
-    As many as in PacGAN (arXiv 1712.04086, 4.2): 128,000 to train on, 26,000 to score; there the triples are of
-    all 70,000 images, here of those of one split.
-    """
-    count, seed = {"train": (128_000, 1), "test": (26_000, 2)}[split]
-    check_memory(count, 28, 3, "cpu")
-    triples = torch.randint(len(images), (count, 3), generator=torch.Generator().manual_seed(seed))
-    return images[triples, 0], labels[triples] @ torch.tensor([100, 10, 1])
 
 
 def hold_out(data):
@@ -515,7 +835,7 @@ def enlarge(images, image_size, channels, device):
 
 
 def read_folder(folder, image_size, channels, device):
-    """All images below `folder`: uint8 [N, channels, image_size, image_size] and labels [N], one per subfolder.
+    """All images below `folder`: uint8 [N, channels, image_size, image_size] and labels [N], all 0.
 
     The largest centred square of each is scaled to the size. What cannot be read is named and left out.
     """
@@ -523,36 +843,33 @@ def read_folder(folder, image_size, channels, device):
     if not paths:
         fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in {folder}; name your folder with --data-dir")
     check_memory(len(paths), image_size, channels, device)
-    images, kept, unreadable = np.empty((len(paths), channels, image_size, image_size), np.uint8), [], []
+    images, kept, unreadable = np.empty((len(paths), channels, image_size, image_size), np.uint8), 0, []
     for path in tqdm(paths, desc="reading", unit="image", disable=None, leave=False, dynamic_ncols=True):
         try:
             with Image.open(path) as image:
-                images[len(kept)] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
-                kept.append(path.parent)
+                images[kept] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
+            kept += 1
         except Exception:  # noqa: BLE001  whatever Pillow raises on a damaged file
             unreadable.append(str(path.relative_to(folder)))
     if unreadable:
         print(f"data    {len(unreadable)} unreadable files left out: {', '.join(unreadable)}")
     if not kept:
         fail(f"--dataset folder: none of the {len(paths)} images in {folder} can be read")
-    number_of = {parent: number for number, parent in enumerate(sorted(set(kept)))}
-    return torch.from_numpy(images[:len(kept)]), torch.tensor([number_of[parent] for parent in kept])
+    return torch.from_numpy(images[:kept]), torch.zeros(kept, dtype=torch.long)
 
 
 def square_pixels(image, image_size, channels):
     """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert({1: "L", 3: "RGB"}[channels])
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert({1: "L", 3: "RGB"}[channels])
     image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
 
 
 def check_memory(count, image_size, channels, device):
-    """Leaves with exit code 2 if so many images do not fit into the memory that is free on this machine."""
+    """Exits with exit code 2 if so many images do not fit into the memory that is free on this machine."""
     need, free = count * channels * image_size**2, free_memory()
     if device == "cuda":
         free = min(free, torch.cuda.mem_get_info()[0])
@@ -563,212 +880,9 @@ def check_memory(count, image_size, channels, device):
 
 def free_memory():
     """Bytes of main memory free for new data, infinite where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
-
-
-# ---------------------------------------------------------------------------------------------
-# 3  Pictures
-# ---------------------------------------------------------------------------------------------
-
-def save_picture(samples, columns, path, paths=False, reach=1.5):
-    """Write a PNG: images [N, C, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
-
-    With `paths`, each `columns` successive points are one path through the plane. The plot of points shows
-    [-reach, reach] in both directions.
-    """
-    if samples.dim() == 4:
-        enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
-        return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
-    if paths:
-        for path_points in samples.split(columns):
-            axes.plot(*path_points.T.numpy(), ".-")
-    else:
-        axes.scatter(*samples.T.numpy(), s=3, alpha=0.5)
-    figure.savefig(path, dpi=100)
-
-
-def save_panels(panels, path):
-    """Image grids side by side with a title each; panels: {title: (images [N, C, H, W] in [-1, 1], columns)}."""
-    grids = {title: make_grid(images, columns, normalize=True, value_range=(-1, 1), pad_value=1)
-             for title, (images, columns) in panels.items()}
-    height, width = max(g.size(1) for g in grids.values()), sum(g.size(2) for g in grids.values())
-    figure = Figure(figsize=(width / 50 + 0.2 * len(grids), height / 50 + 0.5), layout="constrained")
-    ratios = [g.size(2) for g in grids.values()]
-    for axes, (title, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), width_ratios=ratios)), grids.items()):
-        axes.imshow(grid.permute(1, 2, 0).numpy())
-        axes.set_title(title)
-        axes.axis("off")
-    figure.savefig(path, dpi=100)
-
-
-def save_curves(history, plots, path):
-    """Panels, four in a row: (title, quantities, {label: value to expect at last}) over the epochs of `history`."""
-    rows, columns = math.ceil(len(plots) / 4), min(4, len(plots))
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in grid[len(plots):]:
-        axes.axis("off")
-    for axes, (title, names, guides) in zip(grid, plots):
-        for name in names:
-            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]  # scores: not in all
-            axes.plot(*zip(*points), label=name, marker="." if len(points) < max(2, len(history)) else None)
-        for label, value in guides.items():
-            axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-    figure.savefig(path, dpi=100)
-
-
-def save_film(pictures, path):
-    """A looping GIF of PNG files, the last one shown longer."""
-    frames = []
-    for picture in pictures:
-        with Image.open(picture) as image:
-            frames.append(image.convert("P", palette=Image.Palette.ADAPTIVE))
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
-                   duration=[250] * (len(frames) - 1) + [2000])
-
-
-# ---------------------------------------------------------------------------------------------
-# 4  Pipeline
-# ---------------------------------------------------------------------------------------------
-
-class Pipeline:
-    """The text's image-generation pipeline (section 3.6): generate, interpolate, explore, save.
-
-    generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
-    draw_noise(count, args, device, generator): the script's latent distribution.
-    Each picture's latents are drawn by a generator of its own: the same --seed gives the same
-    picture, and the random numbers of a training are left alone. They are not those that a
-    training with this seed begins with, either: its weights would be made of the same numbers.
-    """
-
-    ROWS, STEPS = 8, 10  # rows of an interpolation or a walk, pictures in a row
-    OTHER = 0x5EED5EED  # turns a seed into another one
-
-    def __init__(self, generator, draw_noise, args):
-        self.generator, self.args, self.device = generator, args, next(generator.parameters()).device
-        self.rows = args.classes or self.ROWS
-        points = {"reach": MIXTURES[args.dataset][0].max().item() + 0.5} if args.dataset in MIXTURES else {}
-        self.save = functools.partial(save_picture, **points)
-        self.noise = lambda count: draw_noise(count, args, "cpu", torch.Generator().manual_seed(args.seed ^ self.OTHER))
-
-    def __call__(self, z, labels):
-        """Samples on the CPU, in eval mode, without gradients; the generator's mode is restored."""
-        inputs = (z, labels) if self.args.classes else (z,)
-        was_training = self.generator.training
-        self.generator.eval()
-        with torch.no_grad():
-            parts = [self.generator(*(part.to(self.device) for part in group)).cpu()
-                     for group in zip(*(full.split(250) for full in inputs))]
-        self.generator.train(was_training)
-        return torch.cat(parts)
-
-    def latents(self, count, label=None):
-        """z and labels for `count` samples; a conditional generator gets each z under every class, or `label`."""
-        classes = self.args.classes
-        if classes and label is None:
-            index = torch.arange(count)
-            return self.noise(math.ceil(count / classes))[index // classes], index % classes
-        return self.noise(count), torch.full((count,), label or 0)
-
-    def generate(self, z, labels, path):
-        """A grid of samples; with several classes one row per class, one column per z."""
-        samples, columns = self(z, labels), math.ceil(math.sqrt(len(z)))
-        if self.args.classes and len(labels.unique()) > 1:
-            columns = math.ceil(len(z) / self.args.classes)
-            cells = samples.new_full((self.args.classes, columns, *samples.shape[1:]), -1)
-            cells[labels, torch.arange(len(z)) // self.args.classes] = samples
-            samples = cells.flatten(0, 1)
-        self.save(samples, columns, path)
-
-    def interpolate(self, path, label=None):
-        """Each row goes from one latent vector to another in a straight line, (1 - t) z1 + t z2."""
-        z1, z2 = self.noise(2 * self.rows)[:, None].chunk(2)
-        self._rows(torch.lerp(z1, z2, torch.linspace(0, 1, self.STEPS)[None, :, None]), path, label)
-
-    def explore(self, dimensions, path, label=None, one_base=False):
-        """Row r moves dimension `dimensions[r]` of a latent vector by -3 to +3 (erratum 16), the rest stands still."""
-        z = self.noise(1 if one_base else len(dimensions)).expand(len(dimensions), -1)
-        z = z[:, None].repeat(1, self.STEPS, 1)
-        for row, dimension in enumerate(dimensions):
-            z[row, :, dimension] += torch.linspace(-3, 3, self.STEPS)
-        self._rows(z, path, label)
-
-    def _rows(self, z, path, label):
-        labels = torch.arange(len(z)) if label is None else torch.full((len(z),), label)
-        samples = self(z.flatten(0, 1), labels.repeat_interleave(self.STEPS))
-        self.save(samples, self.STEPS, path, paths=True)
-
-
-def sample_run(generator, draw_noise, args, styles=None):
-    """--from: load the run's generator, score it, write the pictures that were asked for into its samples/.
-
-    styles: what --styles draws, {name: function of the pipeline and a path}.
-    """
-    args.device = pick_device(args.device)
-    choose_kernels(args)
-    load_generator(generator, Path(args.run))
-    pipeline = Pipeline(generator.to(args.device), draw_noise, args)
-    folder = Path(args.run).parent / "samples"
-
-    wishes = {}
-    if args.generate:
-        wishes[f"generated-{args.generate}"] = functools.partial(
-            pipeline.generate, *pipeline.latents(args.generate, args.label))
-    if args.interpolate:
-        wishes["interpolation"] = functools.partial(pipeline.interpolate, label=args.label)
-    if args.explore is not None:
-        wishes[f"latent_walk-dim{args.explore}"] = functools.partial(
-            pipeline.explore, [args.explore] * pipeline.rows, label=args.label)
-    if args.styles:
-        wishes |= {name: functools.partial(draw, pipeline) for name, draw in styles.items()}
-    for name, draw in wishes.items():
-        path = folder / f"{name}{'' if args.label is None else f'-class{args.label}'}-seed{args.seed}.png"
-        try:
-            folder.mkdir(exist_ok=True)
-            draw(path=path)
-        except OSError as error:
-            fail(f"--from: {path} cannot be written ({error.strerror})")
-        print(path)
-    if args.evaluate:
-        evaluate_run(pipeline, Path(args.run))
-
-
-def load_generator(generator, path):
-    """Give the generator the state in a checkpoint, of its moving average if there is one; return the epoch."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
-        return checkpoint["epoch"]
-    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError):
-        fail(f"--from: the generator in {path} does not fit its own options; the file is damaged")
-
-
-def evaluate_run(pipeline, path):
-    """--evaluate: score a checkpoint, and with checkpoint.pt the best.pt beside it; writes metrics.json."""
-    whole = path.name == "checkpoint.pt"
-    files = [path] + [path.with_name("best.pt")] * (whole and path.with_name("best.pt").exists())
-    for file in files:  # a damaged one is refused before the work begins
-        load_generator(pipeline.generator, file)
-    scorer = make_scorer(pipeline.args)
-    if not scorer:
-        fail("--evaluate: images of your own have no test images and no classes to score samples with")
-    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)} for file in files}
-    show_scores(scorer, scores)
-    target = path.with_name("metrics.json" if whole else f"metrics-{path.stem}.json")
-    try:
-        save_scores(scorer, pipeline.args.seed, scores, target)
-        print(target)
-    except OSError as error:
-        fail(f"--from: {target} cannot be written ({error.strerror})")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -785,6 +899,7 @@ SCORES = {  # name in metrics.json and log.jsonl: title in the table, format, wh
     "KL": ("KL divergence of the shares", ".4f", "low"), "as_asked": ("classes as asked for", ".3f", "high"),
 }
 CLASSIFIED = ("mnist", "fashion-mnist", "digits")  # data sets of ten classes of grey 28x28 images
+NO_SCORES = "images of your own have no test images and no classes to score samples with"
 FEATURES = 64  # of the classifier
 NEIGHBOURS = 3  # k of precision and recall (arXiv 1904.06991)
 
@@ -876,6 +991,7 @@ def train_classifier(images, labels):
     return network.eval()
 
 
+@torch.enable_grad()  # scores are computed without
 @torch.random.fork_rng(devices=[])  # the random numbers of a training are left alone
 def load_classifier(data):
     """The classifier for this data; trained once, then kept in the user's cache folder."""
@@ -883,20 +999,17 @@ def load_classifier(data):
     key = hashlib.sha256(recipe.encode() + data.samples.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
     folder = build.cache_folder()
     path = folder / f"classifier-{key[:16]}.pt"
-    if path.exists():
-        try:
-            network = make_classifier()
-            network.load_state_dict(torch.load(path, weights_only=True))
-            return network.eval()
-        except Exception as error:  # noqa: BLE001  whatever a damaged file raises
-            print(f"scores  {path} is damaged ({type(error).__name__})")
-    print(f"scores  training a classifier of {data.name}, once, in about a minute", flush=True)
+    with contextlib.suppress(Exception):  # there is none, or a damaged one
+        network = make_classifier()
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network.eval()
+    tqdm.write(f"scores  training a classifier of {data.name}, once, in about a minute")
     network = train_classifier(data.samples, data.labels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, functools.partial(torch.save, network.state_dict()))
     except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
-        print(f"scores  the classifier cannot be kept in {folder}: {error}")
+        tqdm.write(f"scores  the classifier cannot be kept in {folder}: {error}")
     return network
 
 
@@ -915,36 +1028,31 @@ def mixture_scores(points, centres, sigma):
     refuse_nan(points)
     counts = nearest[distance < 3 * sigma].bincount(minlength=len(centres))
     return {"modes": (counts > 0).sum().item(), "high_quality": counts.sum().item() / len(points),
-            "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist(),
-            "distinct": len(points.unique(dim=0))}
+            "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist()}
 
 
 class PointScorer:
-    """Scores of a generator of points; its floor is the mean of 100 perfect samplers'."""
+    """Scores of a generator of points. Its floor is what a perfect sampler scores on average."""
 
     floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("KL divergence", ["KL"]),
                                              ("samples within 3 sigma", ["high_quality"])]
-    COUNT = 2500
+    count, about = 2500, {}
 
     def __init__(self, args):
-        self.name = args.dataset
-        self.about = {"samples": self.COUNT, "against": f"the {len(MIXTURES[self.name][0])} Gaussians of {self.name}"}
-
-    @functools.cached_property
-    def floor(self):
-        rng = torch.Generator().manual_seed(3)
-        draws = [mixture_scores(sample_mixture(self.name, self.COUNT, rng)[0], *MIXTURES[self.name])
-                 for _ in range(100)]
-        return {name: sum(draw[name] for draw in draws) / len(draws) for name in ("modes", "high_quality", "KL")}
+        self.mixture, modes = MIXTURES[args.dataset], len(MIXTURES[args.dataset][0])
+        self.against = f"the {modes} Gaussians of {args.dataset}"
+        within = 1 - math.exp(-9 / 2)  # chi-squared of two dimensions; KL: the bias of counts, to first order
+        self.floor = {"modes": modes, "high_quality": within, "KL": (modes - 1) / (2 * self.count * within)}
 
     def __call__(self, pipeline):
-        return mixture_scores(pipeline(*pipeline.latents(self.COUNT)), *MIXTURES[self.name])
+        return mixture_scores(pipeline(*pipeline.latents(self.count)), *self.mixture)
 
 
 class ImageScorer:
     """Scores of a generator of images: as many samples as there are test images, read by the classifier.
 
-    Its floor: the held-out training images, which the classifier has not seen either, in the place of samples.
+    Its floor: the held-out training images, which the classifier has not seen either, in the place of samples. The
+    data are read and checked at once, the classifier is trained when it is first needed.
     """
 
     floor_name, curves = "real images", [("Frechet distance", ["FD"]), ("Inception Score", ["IS"]),
@@ -952,19 +1060,29 @@ class ImageScorer:
 
     def __init__(self, args):
         self.args, self.size = args, (getattr(args, "image_size", 28), args.channels)
-        train, self.test = (load_data(args.dataset.removeprefix("stacked-"), args.data_dir, split)
-                            for split in ("train", "test"))
-        rest, self.held_out = hold_out(train)
-        if min(len(rest.samples) - 256, len(self.held_out.samples) - 5, len(self.test.samples) - 5) < 0:
-            fail(f"{len(train.samples)} training and {len(self.test.samples)} test images are too few to score "
+        train, self.test = (load_data(args.dataset, args.data_dir, split) for split in ("train", "test"))
+        self.rest, self.held_out = hold_out(train)
+        self.count, self.against = len(self.test.samples), f"the test images of {args.dataset}"
+        if min(len(self.rest.samples) - 256, len(self.held_out.samples) - 5, self.count - 5) < 0:
+            fail(f"{len(train.samples)} training and {self.count} test images are too few to score "
                  "samples with; --eval-interval 0 trains without scores")
-        self.classifier = load_classifier(rest)
+
+    @functools.cached_property
+    def classifier(self):
+        return load_classifier(self.rest)
+
+    @functools.cached_property
+    def reference(self):
+        """Features and class probabilities of the test images."""
+        return self.read(self.real(self.test))
+
+    @functools.cached_property
+    def about(self):
+        """Which classifier it is: its accuracy, and a fingerprint of its weights."""
         weights = b"".join(value.numpy().tobytes() for value in self.classifier.state_dict().values())
-        self.reference = self.read(self.real(self.test))
         right = self.reference[1].argmax(1) == self.test.labels
-        self.about = {"samples": len(self.test.samples), "against": f"the test images of {args.dataset}",
-                      "classifier": {"accuracy": right.double().mean().item(),
-                                     "fingerprint": hashlib.sha256(weights).hexdigest()[:8]}}
+        return {"classifier": {"accuracy": right.double().mean().item(),
+                               "fingerprint": hashlib.sha256(weights).hexdigest()[:8]}}
 
     def real(self, data):
         """Batches of real images as a generator makes them: of its size, in [-1, 1]."""
@@ -980,13 +1098,9 @@ class ImageScorer:
             pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
             if pixels.size(3) != 28:
                 pixels = F.adaptive_avg_pool2d(pixels, 32)[:, :, 2:-2, 2:-2]  # back from `enlarge`
-            features.append(self.classifier[:-1](self.digits(pixels)))
+            features.append(self.classifier[:-1](pixels.mean(1, keepdim=True)))  # the classifier reads grey values
         features = torch.cat(features)
         return features, self.classifier[-1](features).softmax(1)
-
-    def digits(self, pixels):
-        """What the classifier reads of images [N, C, 28, 28]: their grey values [N, 1, 28, 28]."""
-        return pixels.mean(1, keepdim=True)
 
     def compare(self, features, probabilities, labels):
         """The scores of samples that were read so, and of which these labels [N] were asked."""
@@ -999,7 +1113,7 @@ class ImageScorer:
                   "classes": covered.sum().item(), "KL": divergence(counts, shares)}
         if self.args.classes:
             scores["as_asked"] = (reading == labels).double().mean().item()
-        return {**scores, "counts": counts.tolist(), "distinct": len(features.unique(dim=0))}
+        return {**scores, "counts": counts.tolist()}
 
     @functools.cached_property
     def held_out_features(self):
@@ -1011,7 +1125,7 @@ class ImageScorer:
         return scores | {"FD_held_out": scores["FD"]} if self.args.eval_interval else scores
 
     def __call__(self, pipeline):
-        z, labels = pipeline.noise(self.about["samples"]), self.test.labels  # the classes as often as in the data
+        z, labels = pipeline.noise(self.count), self.test.labels  # the classes as often as in the data
         features, probabilities = self.read(map(pipeline, z.split(250), labels.split(250)))
         scores = self.compare(features, probabilities, labels)
         if self.args.eval_interval:  # then the run has not seen them
@@ -1019,58 +1133,21 @@ class ImageScorer:
         return scores
 
 
-class StackedScorer(ImageScorer):
-    """PacGAN's scores of stacked digits (arXiv 1712.04086, 4.2): those of the 1,000 modes that have a sample, and
-    the divergence from equal shares. Its floor: real triples of the test images.
-    """
-
-    floor_name, curves = "perfect sampler", [("modes captured", ["modes"]), ("KL divergence", ["KL"])]
-
-    def __init__(self, args):
-        super().__init__(argparse.Namespace(**{**vars(args), "channels": 1}))
-        self.triples = Data("", *stack_digits(self.test.samples, self.test.labels, "test"))
-        self.about |= {"samples": len(self.triples.samples), "against": "1000 equally likely triples of test images"}
-
-    def digits(self, pixels):
-        """Each channel [3 N, 1, 28, 28]."""
-        return pixels.flatten(0, 1)[:, None]
-
-    def count(self, batches):
-        features, probabilities = self.read(batches)
-        counts = (probabilities.argmax(1).view(-1, 3) @ torch.tensor([100, 10, 1])).bincount(minlength=1000)
-        return {"modes": (counts > 0).sum().item(), "KL": divergence(counts, 1 / 1000),
-                "distinct": len(features.view(len(features) // 3, -1).unique(dim=0))}
-
-    @functools.cached_property
-    def floor(self):
-        return self.count(self.real(self.triples))
-
-    def __call__(self, pipeline):
-        return self.count(pipeline(part, None) for part in pipeline.noise(self.about["samples"]).split(250))
-
-
 def make_scorer(args):
     """What scores the generators of this data set, or None if nothing can."""
     if args.dataset in MIXTURES:
         return PointScorer(args)
-    if args.dataset == "stacked-mnist":
-        return StackedScorer(args)
     return ImageScorer(args) if args.dataset in CLASSIFIED else None
-
-
-def announcement(scorer):
-    """What is scored and, of images, by which classifier."""
-    line = f"scores  {scorer.about['samples']} samples against {scorer.about['against']}"
-    reader = scorer.about.get("classifier")
-    return line + (f", read by a classifier that is right on {reader['accuracy']:.2%} of the test images, "
-                   f"fingerprint {reader['fingerprint']}" if reader else "")
 
 
 def show_scores(scorer, scores):
     """The table on the terminal; scores: {checkpoint: its epoch and scores}."""
     columns = {f"{Path(name).stem}, epoch {row['epoch']}": row for name, row in scores.items()}
     columns[scorer.floor_name] = scorer.floor
-    print(announcement(scorer))
+    reader = scorer.about.get("classifier")
+    print(f"scores  {scorer.count} samples against {scorer.against}" +
+          (f", read by a classifier that is right on {reader['accuracy']:.2%} of the test images, "
+           f"fingerprint {reader['fingerprint']}" if reader else ""))
     widths = {heading: max(11, len(heading) + 2) for heading in columns}
     print(" " * 32 + "".join(f"{heading:>{width}}" for heading, width in widths.items()))
     for name, (title, form, best) in SCORES.items():
@@ -1081,249 +1158,73 @@ def show_scores(scorer, scores):
     for heading, column in columns.items():
         if "counts" in column:
             print(f"{heading + ': counts':32}{' '.join(map(str, column['counts']))}")
-        if column.get("distinct", math.inf) < 0.9 * scorer.about["samples"]:
-            print(f"note    {heading}: of {scorer.about['samples']} samples only {column['distinct']} are distinct")
-        if column["KL"] is None:
-            print(f"note    {heading}: no divergence: no sample in a mode, or some in a class without test images")
-    if "classifier" in scorer.about and scorer.about["samples"] <= FEATURES:
-        print(f"note    {scorer.about['samples']} samples for {FEATURES} features: compare the Frechet distance "
-              "with its floor only")
 
 
 def save_scores(scorer, seed, scores, path):
     """The same as a JSON file."""
-    content = {**scorer.about, "seed": seed, **scores, scorer.floor_name: scorer.floor}
-    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+    content = {"samples": scorer.count, "against": scorer.against, **scorer.about, "seed": seed, **scores,
+               scorer.floor_name: scorer.floor}
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
-# 6  Run
+# 6  Pictures
 # ---------------------------------------------------------------------------------------------
 
-def prepare(args, classes=0):
-    """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be.
+def save_picture(samples, columns, path, paths=False, reach=1.5):
+    """Write a PNG: images [N, C, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
 
-    classes: how many a conditional generator knows, 0 for one that takes no labels.
+    With `paths`, each `columns` successive points are one path through the plane. The plot of points shows
+    [-reach, reach] in both directions.
     """
-    torch.manual_seed(args.seed)
-    args.device = pick_device(args.device)
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output-dir {args.output_dir}: {error.strerror}")
-    if not os.access(args.output_dir, os.W_OK | os.X_OK):
-        fail(f"--output-dir {args.output_dir}: no permission to write there")
-    name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
-    print(f"{args.script}, {args.variant}, seed {args.seed}")
-    print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    choose_kernels(args)
-    data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
-    args.dataset, args.classes = data.name, classes
-    if args.eval_interval and data.name in CLASSIFIED:
-        data, held_out = hold_out(data)
-        print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
-    if len(data.samples) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
-    shape = list(data.samples.shape[1:])
-    print(f"data    {data.name}, {len(data.samples)} samples of {shape}, batch {args.batch_size}")
-    return data
+    if samples.dim() == 4:
+        enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
+        return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.add_subplot(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+    if paths:
+        for path_points in samples.split(columns):
+            axes.plot(*path_points.T.numpy(), ".-")
+    else:
+        axes.scatter(*samples.T.numpy(), s=3, alpha=0.5)
+    figure.savefig(path, dpi=100)
 
 
-@torch.no_grad()
-def update_average(average, generator, decay):
-    """average <- decay average + (1 - decay) generator, buffers included (ProGAN, arXiv 1710.10196, appendix A)."""
-    new = generator.state_dict()
-    for name, value in itertools.chain(average.named_parameters(), average.named_buffers()):
-        if value.is_floating_point():
-            new[name] = torch.lerp(value, new[name], 1 - decay)
-    average.load_state_dict(new)  # the rest, counters and 06's level, as it is
+def save_panels(panels, path):
+    """Image grids side by side with a title each; panels: {title: (images [N, C, H, W] in [-1, 1], columns)}."""
+    grids = {title: make_grid(images, columns, normalize=True, value_range=(-1, 1), pad_value=1)
+             for title, (images, columns) in panels.items()}
+    height, width = max(g.size(1) for g in grids.values()), sum(g.size(2) for g in grids.values())
+    figure = Figure(figsize=(width / 50 + 0.2 * len(grids), height / 50 + 0.5), layout="constrained")
+    ratios = [g.size(2) for g in grids.values()]
+    for axes, (title, grid) in zip(np.atleast_1d(figure.subplots(1, len(grids), width_ratios=ratios)), grids.items()):
+        axes.imshow(grid.permute(1, 2, 0).numpy())
+        axes.set_title(title)
+        axes.axis("off")
+    figure.savefig(path, dpi=100)
 
 
-class Run:
-    """One training: its folder, epoch lines, log, pictures, scores and checkpoints.
+def save_curves(history, plots, path):
+    """Panels, four in a row: (title, quantities, {label: the value expected at convergence}) over the epochs of `history`."""
+    rows, columns = math.ceil(len(plots) / 4), min(4, len(plots))
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid[len(plots):]:
+        axes.axis("off")
+    for axes, (title, names, guides) in zip(grid, plots):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]  # scores: not in all
+            axes.plot(*zip(*points), label=name, marker="." if len(points) < max(2, len(history)) else None)
+        for label, value in guides.items():
+            axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    figure.savefig(path, dpi=100)
 
-    plots: the panels of curves.png, as save_curves takes them.
-    styles: further pictures to draw at the end, {name: function of the pipeline and a path}.
-    state: every module and optimizer of the training by name, `generator` among them. With --ema-decay
-        its moving average is added as `average`; that one is sampled and scored.
 
-        with Run(args, data, generate_noise, PLOTS, generator=..., critic=..., ...) as run:
-            for batches in run.epochs():        # an endless stream of real batches per epoch
-                for _ in run.steps():           # N // batch generator steps
-                    run.record(step(...))       # quantities to average over the epoch
-
-    Ctrl-C keeps a checkpoint (exit code 130); a quantity that is no longer finite ends the run (1).
-    """
-
-    def __init__(self, args, data, draw_noise, plots, styles=None, **state):
-        self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
-        self.epoch = self.step = 0  # how many are done
-        self.history, self.scores = [], {}  # a row per epoch; the last scores of each checkpoint
-        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
-        if args.ema_decay:
-            state["average"] = copy.deepcopy(state["generator"])
-        if self.scorer:
-            print(announcement(self.scorer))
-        elif args.eval_interval != 0:
-            print("scores  none: images of your own have no test images and no classes to read")
-        self.rates = [(group, group["lr"]) for part in state.values() if isinstance(part, torch.optim.Optimizer)
-                      for group in part.param_groups]
-        self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
-        self.folder = self._new_folder()
-        self.samples = self.folder / "samples"
-        self.samples.mkdir()
-        self.pictures = []
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, matplotlib)}
-        options = {**vars(args), "threads": torch.get_num_threads(),
-                   "versions": {"python": platform.python_version(), **versions}}
-        (self.folder / "options.json").write_text(json.dumps(options, indent=2) + "\n")
-        print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
-
-        self.pipeline = Pipeline(state.get("average", state["generator"]), draw_noise, args)
-        points = data.samples.dim() == 2
-        self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
-        self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
-        self._save_real(len(self.latents[0]))
-
-    def _new_folder(self):
-        name = f"{self.args.script}-{self.args.dataset}-"
-        parent = Path(self.args.output_dir)
-        taken = [path.name.removeprefix(name) for path in parent.glob(f"{name}*")]
-        for number in itertools.count(1 + max((int(text) for text in taken if text.isdigit()), default=0)):
-            with contextlib.suppress(FileExistsError):  # another run took it in between
-                folder = parent / f"{name}{number:04d}"
-                folder.mkdir()
-                return folder
-
-    def _save_real(self, count):
-        index = torch.arange(count) * len(self.data.samples) // count  # evenly: folders come class by class
-        if self.args.classes:
-            index = torch.cat([(self.data.labels == label).nonzero()[:count // self.args.classes, 0].cpu()
-                               for label in range(self.args.classes)])
-        columns = count // self.args.classes if self.args.classes else math.ceil(math.sqrt(count))
-        samples = self.data.scaled(index.to(self.data.samples.device)).cpu()
-        self.pipeline.save(samples, columns, self.samples / "real.png")
-
-    def __enter__(self):
-        self._picture()
-        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step",
-                        disable=None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
-        return self
-
-    def epochs(self):
-        """One endless stream of (real, labels) batches per epoch; log, pictures and checkpoints in between."""
-        while self.epoch < self.args.epochs:
-            self.sums, self.notes, start = {}, {}, time.perf_counter()
-            yield self.data.batches(self.args.batch_size)
-            row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
-            self.epoch += 1
-            self._log(row, time.perf_counter() - start)
-            if self._due(self.args.sample_interval):
-                self._picture()
-                self._curves()
-
-    def _due(self, interval):
-        return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
-
-    def steps(self):
-        """Counts the generator steps of one epoch; sets the learning rates, moves the average on."""
-        for _ in range(self.steps_per_epoch):
-            left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
-            for group, rate in self.rates:
-                group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
-            yield
-            self.step += 1
-            if "average" in self.state:
-                update_average(self.state["average"], self.state["generator"], self.args.ema_decay)
-            self.bar.update()
-
-    def record(self, quantities):
-        """Add 0-d tensors by name to this epoch's means; they stay on the device until the epoch ends."""
-        for name, value in quantities.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.detach(), count + 1
-
-    def note(self, name, content):
-        """Add what JSON can hold to this epoch's line of log.jsonl; the epoch line does not show it."""
-        self.notes[name] = content
-
-    def _log(self, row, seconds):
-        """The epoch's line, checkpoint, scores, and then its row of log.jsonl."""
-        width = len(str(self.args.epochs))
-        values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
-        line = f"epoch {self.epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s"
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            self._print(line)
-            self.bar.close()
-            fail(f"{bad[0]} is no longer finite in epoch {self.epoch}; try smaller --lr-g and --lr-d "
-                 f"(output so far in {self.folder})", code=1)
-        position = {"epoch": self.epoch, "step": self.step, "seconds": round(seconds, 3)}
-        self.history.append({**position, **row, **self.notes})
-        try:
-            self._print(line)
-            if self._due(self.args.checkpoint_interval):
-                self.save_checkpoint()
-            if self.scorer and self._due(self.args.eval_interval):
-                self._score()
-        finally:  # Ctrl-C in between: the epoch is done all the same
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
-
-    def _score(self):
-        """Score the generator and keep the best one."""
-        self.scores["checkpoint.pt"] = scores = {"epoch": self.epoch, **self.scorer(self.pipeline)}
-        self.history[-1] |= scores
-        if self.epoch < self.args.epochs:  # else the table follows
-            self._print("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
-                                               if scores.get(name) is not None))
-        best = self.scores.get("best.pt", {"FD_held_out": math.inf})
-        if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
-            self.scores["best.pt"] = scores
-            self.save_checkpoint("best.pt")
-        save_scores(self.scorer, self.args.seed, self.scores, self.folder / "metrics.json")
-
-    def _print(self, line):
-        tqdm.write(line)
-        sys.stdout.flush()
-
-    def _curves(self):
-        """curves.png, with the scores once there are two of them."""
-        plots = self.plots
-        if self.scorer and sum(self.scorer.curves[0][1][0] in row for row in self.history) > 1:
-            kind, floor = self.scorer.floor_name, self.scorer.floor
-            plots = plots + [(title, names, {f"{name}, {kind}": floor[name] for name in names})
-                             for title, names in self.scorer.curves]
-        save_curves(self.history, plots, self.folder / "curves.png")
-
-    def _picture(self):
-        self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
-        self.pipeline.generate(*self.latents, self.pictures[-1])
-
-    def save_checkpoint(self, name="checkpoint.pt"):
-        """Write a checkpoint whole or not at all: options, position and all states."""
-        content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
-                   **{name: part.state_dict() for name, part in self.state.items()}}
-        write_whole(self.folder / name, functools.partial(torch.save, content))
-
-    def __exit__(self, kind, error, traceback):
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            self.save_checkpoint()
-            if self.history:
-                self._curves()
-            print(f"interrupted after {self.epoch} epochs; checkpoint.pt and curves.png are in {self.folder}")
-            raise SystemExit(130)
-        if kind is None:
-            self.pipeline.generate(*self.final_latents, self.samples / "final.png")
-            self.pipeline.interpolate(self.samples / "interpolation.png")
-            dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
-            self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
-            for name, draw in self.styles.items():
-                draw(self.pipeline, path=self.samples / f"{name}.png")
-            save_film(self.pictures, self.samples / "progress.gif")
-            if self.scorer:
-                show_scores(self.scorer, self.scores)
-            print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
-            print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")
-
+def save_film(pictures, path):
+    """A looping GIF of PNG files, the last one shown longer."""
+    frames = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[250] * (len(frames) - 1) + [2000])

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import math
 import platform
 import statistics
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import common
 from csrc import ops
 
 ROUNDS = 9  # interleaved, so that a busy neighbour slows all alike
@@ -23,45 +21,41 @@ LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of as many samp
 PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
 
 
-def compare(args, kind, formula, step):
-    """Check and time the kernel `kind` against its formula and torch.compile; print a table, write it to a file.
+def compare(formula, step, device, free, table):
+    """Check and time the kernel that serves `formula` against the formula itself and torch.compile.
 
-    step: one training step of the script with the options `args`, timed with the kernels and without.
+    formula: a function under @fused; step: one training step, timed with the kernels and without; free: bytes of main
+    memory. Yields the lines to print; completes the dictionary `table`, which becomes a file.
     """
-    device, path = args.device, Path(args.output_dir, f"{args.script}-kernels.json")
-    about = {name: getattr(args, name) for name in ("script", "variant", "dataset", "batch_size")}
-    about |= {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "date": time.strftime("%Y-%m-%d"), "dtype": "float32"}
-    print(f"compare {kind} on {about['machine']}, {about['threads']} threads, torch {about['torch']}, float32; "
-          f"medians of {ROUNDS} rounds, +- half the interquartile range" +
-          "; shapes as CUDA graphs" * (device == "cuda"))
+    kind = formula.kernel
+    table |= {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(),
+              "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "dtype": "float32", "rows": []}
+    yield (f"compare {kind} on {table['machine']}, {table['threads']} threads, torch {torch.__version__}, float32; "
+           f"medians of {ROUNDS} rounds, +- half the interquartile range" +
+           "; shapes as CUDA graphs" * (device == "cuda"))
 
     def without():
         with ops.without_kernels():
             step()
 
-    steps = measure({"reference": without, "fused": step}, device)
+    table["training_step"] = steps = measure({"reference": without, "fused": step}, device)
     keep_freed_memory()
-    shapes, large = SHAPES[kind], beyond_the_cache(LARGE[kind], device)
+    large = beyond_the_cache(LARGE[kind], device, free)
     if large is None:
-        print(f"compare no shape beyond the last cache: too little memory is free for {LARGE[kind]}")
-    print(f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
-          "  MB   GB/s  of copy  gain   error: reference, fused, compile")
-    rows = [row for shape in [*shapes, *[large] * bool(large)] for row in compare_shape(kind, formula, shape, device)]
+        yield f"compare no shape beyond the last cache: too little memory is free for {LARGE[kind]}"
+    yield (f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
+           "  MB   GB/s  of copy  gain   error: reference, fused, compile")
+    for shape in [*SHAPES[kind], *[large] * bool(large)]:
+        rows = compare_shape(formula, shape, device)
+        table["rows"] += rows
+        yield "\n".join(map(line, rows))
     gain = steps["reference"]["median"] / steps["fused"]["median"]
-    print(f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast")
-    text = json.dumps({**about, "rows": rows, "training_step": steps}, indent=1) + "\n"
-    try:
-        common.write_whole(path, lambda temporary: temporary.write_text(text))
-    except OSError as error:
-        common.fail(f"{path} cannot be written: {error.strerror}")
-    print(f"saved   {path}")
-    if not all("fused" in row["seconds"] for row in rows):
-        common.fail("a fused kernel is wrong", code=1)
+    yield f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast"
 
 
-def compare_shape(kind, formula, shape, device):
-    """The two rows, forward and both passes, of one shape; prints them."""
+def compare_shape(formula, shape, device):
+    """The two rows, forward and both passes, of one shape."""
+    kind = formula.kernel
     torch._dynamo.reset()  # else it would try to compile one function for all shapes
     compiled = torch.compile(formula.formula, dynamic=False)
     functions = {"reference": formula.formula, "fused": formula, "torch.compile": compiled}
@@ -93,11 +87,11 @@ def compare_shape(kind, formula, shape, device):
             row["bandwidth"] = row["bytes"] / row["seconds"]["fused"]["median"]
             row["share_of_copy"] = row["bandwidth"] / (2 * copy.nbytes / times["copy"]["median"])
         rows.append(row)
-        print_row(row)
     return rows
 
 
-def print_row(row):
+def line(row):
+    """A row as it is printed."""
     seconds = row["seconds"]
     cells = [show(seconds[name]) if name in seconds else "not timed" for name in row["errors"]]
     errors = ", ".join(f"{e:.0e}" if isinstance(e, float) else e for e in row["errors"].values())
@@ -105,8 +99,8 @@ def print_row(row):
     gain = math.nan
     if "reference" in seconds and "fused" in seconds:
         gain = seconds["reference"]["median"] / seconds["fused"]["median"]
-    print(f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
-          f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}", flush=True)
+    return (f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
+            f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}")
 
 
 def inputs(kind, shape, device, dtype):
@@ -206,12 +200,11 @@ def keep_freed_memory():
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def beyond_the_cache(shape, device):
-    """The shape with so many samples that one tensor exceeds the last cache; None if memory is short."""
+def beyond_the_cache(shape, device, free):
+    """The shape with so many samples that one tensor exceeds the last cache; None if `free` bytes are too few."""
     if device == "cuda":
         cache, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
     else:
-        free = common.free_memory()
         sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
         cache = max((int(size[:-1]) * 2**{"K": 10, "M": 20}[size[-1]] for size in sizes), default=2**25)
     samples = shape[0]

@@ -6,7 +6,7 @@
         return (norm - 1).square().mean(), norm
 
 Until choose() has found kernels for the device of its first argument, and for arguments that they do not take,
-such a function is the formula below the decorator. It remains `penalty_of.formula` in any case.
+such a function is the formula below the decorator. It remains `penalty_of.formula` in any case; `penalty_of.kernel` is the kernel's name.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ def fused(name):
         @functools.wraps(formula)
         def call(*arguments, **options):
             return serve(formula, apply, *arguments, **options) if KERNELS else formula(*arguments, **options)
-        call.formula = formula
+        call.formula, call.kernel = formula, name
         return call
     return decorate
 

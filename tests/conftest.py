@@ -59,9 +59,3 @@ def no_kernels_left(monkeypatch):
     monkeypatch.setattr(ops, "KERNELS", {})
 
 
-@pytest.fixture
-def cached_digits(monkeypatch):
-    monkeypatch.setattr(common, "draw_digits", _cached_digits)
-
-
-_cached_digits = functools.cache(common.draw_digits)

@@ -12,27 +12,25 @@ from conftest import load_script, run_script
 TRAINED = ["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "16", "--eval-interval", "0"]
 TEXT = {  # the text's constants; (ours) where it has none
     ("01_vanilla_gan", "bce"): dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
-                                    noise="normal", slope=0.2, generator_loss="non-saturating"),      # epochs: ours
+                                    noise="normal", generator_loss="non-saturating"),      # epochs: ours
     ("01_vanilla_gan", "two-logit"): dict(epochs=500, batch_size=300, lr_g=1e-4, lr_d=4e-5, beta1=0.9, beta2=0.999,
-                                          latent_dim=100, noise="uniform", slope=0.3, generator_loss="non-saturating"),
+                                          latent_dim=100, noise="uniform", generator_loss="non-saturating"),
     ("01_vanilla_gan", "keras"): dict(epochs=16, batch_size=32, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
-                                      noise="normal", slope=0.2, generator_loss="non-saturating"),
-    ("02_dcgan", "dcgan"): dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100, slope=0.2),  # epochs: ours
+                                      noise="normal", generator_loss="non-saturating"),
+    ("02_dcgan", "dcgan"): dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100),  # epochs: ours
     ("03_wgan_gp", "mlp"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                                noise="uniform", slope=0.3, gp_weight=10, n_critic=5),
+                                noise="uniform", gp_weight=10, n_critic=5),
     ("03_wgan_gp", "conv"): dict(batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                                 noise="normal", slope=0.2, gp_weight=10, n_critic=5),                # batch: ours
-    ("04_cgan", "cgan"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                              slope=0.3, gp_weight=10, n_critic=5),
-    ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100, slope=0.2,
+                                 noise="normal", gp_weight=10, n_critic=5),                # batch: ours
+    ("04_cgan", "cgan"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100, gp_weight=10, n_critic=5),
+    ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
                                              spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
                                              ttur="off", n_critic=1),
-    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0, beta2=0.99, latent_dim=64,
-                                             slope=0.2, width=64, style_mixing_prob=0.9, ema_decay=0.998)}         # ours, but the slope
+    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0, beta2=0.99, latent_dim=64, width=64, style_mixing_prob=0.9, ema_decay=0.998)}         # ours
 
 
 @pytest.fixture
-def options(monkeypatch, cached_digits):
+def options(monkeypatch):
     """Call a script's main and return the options that reach its preparation."""
     def call(script, *arguments):
         class Reached(Exception):
@@ -63,7 +61,7 @@ def test_defaults_are_the_constants_of_the_text(options, script, variant):
     assert {name: found[name] for name in expected} == expected
     if variant in ("bce", "mlp"):
         assert options(script) == found, "the first row is the default"
-    assert found["sample_interval"] == found["checkpoint_interval"] == max(1, found["epochs"] // 20)
+    assert found["sample_interval"] == max(1, found["epochs"] // 20)
     assert options(script, *flag, "--epochs", 7)["sample_interval"] == 1
     assert options(script, *flag, "--lr-g", 0.5)["lr_g"] == 0.5
 
@@ -78,19 +76,13 @@ def test_auto_takes_the_best_device(monkeypatch, usable, expected):
 @pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing"])
 @pytest.mark.parametrize("dataset", ["gaussians", "ring", "grid"])
 def test_points_choose_their_own_row(options, script, dataset):
-    assert options(script, "--dataset", dataset)["variant"] == "gaussians"
-
-
-@pytest.mark.parametrize("script, flags", [("02_dcgan", []), ("03_wgan_gp", ["--critic", "conv"]), ("05_sn_label_smoothing", [])])
-def test_stacked_digits_have_three_channels(options, script, flags):
-    assert options(script, *flags)["channels"] == 1
-    assert options(script, *flags, "--dataset", "stacked-mnist")["channels"] == 3
+    assert options(script, "--dataset", dataset)["variant"] == "points"
 
 
 @pytest.mark.parametrize("flag, values", {
     "--epochs": ["0", "-1", "1.5", "many", ""], "--batch-size": ["0", "1"], "--lr-g": ["0", "-1e-4", "nan", "inf", "1e30", "x"],
     "--lr-d": ["0", "nan"], "--beta1": ["1", "-0.1", "nan"], "--latent-dim": ["0", "9999999999"], "--seed": ["-1", "9223372036854775808"],
-    "--sample-interval": ["0"], "--checkpoint-interval": ["0"], "--eval-interval": ["-1", "x"],
+    "--sample-interval": ["0"], "--eval-interval": ["-1", "x"],
     "--ema-decay": ["1", "-0.1", "nan"], "--lr-decay": ["1.1", "-0.1", "nan"], "--max-batches": ["0"], "--gp-weight": ["-1", "nan"],
     "--n-critic": ["0"], "--explore": ["-1"], "--generate": ["0", "1000000"], "--device": ["gpu"], "--dataset": ["cifar"],
     "--critic": ["gaussians"]}.items())
@@ -110,11 +102,8 @@ def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values
     ("01_vanilla_gan", ["--dataset", "gaussians", "--variant", "keras"], "--variant keras is for images"),
     ("01_vanilla_gan", ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ("01_vanilla_gan", ["--generate", "9"], "--generate needs a trained generator"),
-    ("03_wgan_gp", ["--dataset", "ring", "--critic", "mlp"], "--dataset ring has networks of its own"),
+    ("03_wgan_gp", ["--dataset", "ring", "--critic", "mlp"], "--dataset ring has its own networks"),
     ("03_wgan_gp", ["--dataset", "folder"], "argument --dataset: invalid choice"),
-    ("03_wgan_gp", ["--dataset", "stacked-mnist"], "--dataset stacked-mnist needs --critic conv"),
-    ("02_dcgan", ["--dataset", "stacked-mnist", "--channels", "1"], "leave out --channels and --image-size"),
-    ("02_dcgan", ["--dataset", "stacked-mnist", "--image-size", "64"], "leave out --channels and --image-size"),
     ("04_cgan", ["--dataset", "stacked-mnist"], "argument --dataset: invalid choice"),
     ("04_cgan", ["--evaluate"], "--evaluate needs a trained generator"),
     ("02_dcgan", ["--image-size", "32"], "argument --image-size: invalid choice"),
@@ -130,7 +119,7 @@ def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values
     ("01_vanilla_gan", ["--from", "no/such/run"], "no/such/run does not exist"),
     ("01_vanilla_gan", ["--device", "cuda"], "--device cuda: this torch"),
     ("01_vanilla_gan", ["--dataset", "digits", "--batch-size", "60001"], "--batch-size 60001 exceeds the 60000 training samples")])
-def test_refusals(tmp_path, capsys, monkeypatch, cached_digits, script, arguments, message):
+def test_refusals(tmp_path, capsys, monkeypatch, script, arguments, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         load_script(script).main([*arguments, "--output-dir", str(tmp_path)])
@@ -140,7 +129,7 @@ def test_refusals(tmp_path, capsys, monkeypatch, cached_digits, script, argument
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_dir_that_cannot_be_made(tmp_path, capsys, cached_digits):
+def test_output_dir_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         load_script("02_dcgan").main([*TRAINED, "--output-dir", str(tmp_path / "file")])

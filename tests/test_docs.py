@@ -3,6 +3,7 @@
 import operator
 import re
 import shlex
+import unicodedata
 
 import pytest
 
@@ -104,3 +105,42 @@ def test_scripts_stand_alone(script):
     sections = re.findall(r"^# -+ ([a-z ]+)$", source, re.MULTILINE)
     expected = ["hyperparameters", "networks", "losses", "training step", "main"]
     assert sections == (expected[:4] + ["style pictures", "main"] if script == "06_stylegan_blocks" else expected)
+
+
+def sections(script, first, last):
+    """The lines of a script from one section to another, without indentation and blank lines."""
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    part = source[source.index(f"- {first}\n"):source.index(f"- {last}\n")]
+    return [line.strip() for line in part.splitlines() if line.strip()]
+
+
+def test_04_is_03_but_for_what_the_text_changes():
+    """At most 25 lines of networks, losses and steps are new, and every new line of code is marked."""
+    known = set(sections("03_wgan_gp", "networks", "main"))
+    new = [line for line in sections("04_cgan", "networks", "main") if line not in known]
+    assert len(new) <= 25
+    unmarked = [line for line in new if "11.4" not in line and not line.startswith('"""')]
+    assert not unmarked
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_panes_side_by_side_do_not_wrap(script):
+    """At most 100 columns, of which a Japanese character takes two."""
+    for number, line in enumerate((ROOT / f"{script}.py").read_text(encoding="utf-8").splitlines(), start=1):
+        assert sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line) <= 100, (number, line)
+
+
+def test_csrc_knows_nothing_of_common():
+    for path in (ROOT / "csrc").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) common\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_grouped(script, capsys):
+    """Five flags first, then the groups; each script's own flags stand in one of them."""
+    text = help_of(script, capsys)
+    fused = ["fused kernels"] * (script in ("03_wgan_gp", "04_cgan", "06_stylegan_blocks"))
+    titles = ["options", "training", "data", "output and scores", *fused, "drawing from a run, with --from"]
+    assert re.findall(r"^(\w.*):$", text.split("\nText:")[0], re.MULTILINE) == titles
+    first = re.findall(r"^  (?:-h, )?(--[\w-]+)", text.split("\ntraining:")[0], re.MULTILINE)
+    assert first == ["--help", "--epochs", "--dataset", "--data-dir", "--output-dir", "--from"]

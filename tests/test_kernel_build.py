@@ -252,3 +252,12 @@ def test_what_nvcc_made_of_the_cuda_source(tmp_path):
         elif "square_sums" in name and "Li1E" not in name:
             assert re.search(r"\bLDG\.E\.128", code) and not re.search(r"\bLDG\.E\.64", code)
     assert len(held) == 3 * 4 * 2 and min(held.values()) == 1, held
+
+
+def test_nothing_is_compiled_for_a_run_that_cannot_begin(tmp_path):
+    """Data and batch size are checked before the kernels are compiled."""
+    for flags, complaint in [(["--dataset", "mnist", "--data-dir", tmp_path], "--dataset mnist"),
+                             (["--dataset", "gaussians", "--batch-size", "99999"], "--batch-size 99999 exceeds")]:
+        process = run_script("03_wgan_gp", *flags, "--output-dir", tmp_path, env={
+            **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
+        assert process.returncode == 2 and complaint in process.stderr and "kernels" not in process.stdout

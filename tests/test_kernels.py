@@ -308,7 +308,7 @@ def test_more_elements_than_an_int32_counts(kernels):
     ("03_wgan_gp", torch.float64, [], {"penalty": 100, "penalty_backward": 100}),
     ("06_stylegan_blocks", torch.float32, ["--lr-g", 3e-5, "--lr-d", 3e-5, "--batch-size", 8], {"adain": 80, "adain_backward": 40}),
     ("06_stylegan_blocks", torch.float64, ["--progressive", "off", "--batch-size", 8, "--width", 32], {"adain": 320, "adain_backward": 160})])
-def test_a_training_is_the_same_with_both(device, script, dtype, flags, operators, tmp_path, monkeypatch, cached_digits):
+def test_a_training_is_the_same_with_both(device, script, dtype, flags, operators, tmp_path, monkeypatch):
     """The first 20 generator steps from one seed: every quantity of every step, and the fused operators' calls.
 
     At the scripts' own rates a training multiplies any rounding error, also that of PyTorch on another number of

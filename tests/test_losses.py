@@ -33,20 +33,20 @@ def test_discriminator_loss_of_chapter_3(script):
     assert value_and_gradient(loss, ([1], 1), ([-2], 1))[0] == pytest.approx((0.3132616875 + 0.1269280110) / 2)
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_generator_losses(width):
+@pytest.mark.parametrize("variant, width", [("bce", 1), ("keras", 1), ("points", 1), ("two-logit", 2)])
+def test_generator_losses(variant, width):
     """Non-saturating: softplus(-l), gradient -D(-l). Saturating: -softplus(l), gradient -D(l), zero where G is worst."""
-    loss = load_script("01_vanilla_gan").generator_loss
+    losses = load_script("01_vanilla_gan").losses
     logits = np.array(LOGITS)
     outputs = logits[:, None] if width == 1 else np.stack([np.zeros(5), logits], 1)     # l = l_1 - l_0
     for kind, expected, gradient in [("non-saturating", -log_expit(logits), -expit(-logits)),
                                      ("saturating", log_expit(-logits), -expit(logits))]:
-        value, (d,) = value_and_gradient(lambda x, kind=kind: loss(x, kind), (outputs, width))
+        value, (d,) = value_and_gradient(losses(variant, kind)[1], (outputs, width))
         assert value == pytest.approx(expected.mean(), rel=1e-12)
         np.testing.assert_allclose(d[:, -1], gradient / 5, rtol=1e-9, atol=1e-12)
     one = [[0.0, -30.0][-width:]]
-    assert abs(value_and_gradient(lambda x: loss(x, "non-saturating"), (one, width))[1][0][0, -1]) == pytest.approx(1)
-    assert abs(value_and_gradient(lambda x: loss(x, "saturating"), (one, width))[1][0][0, -1]) < 1e-12
+    assert abs(value_and_gradient(losses(variant, "non-saturating")[1], (one, width))[1][0][0, -1]) == pytest.approx(1)
+    assert abs(value_and_gradient(losses(variant, "saturating")[1], (one, width))[1][0][0, -1]) < 1e-12
 
 
 def test_dcgan_generator_loss():
@@ -57,7 +57,7 @@ def test_dcgan_generator_loss():
 
 def test_two_logit_discriminator_loss_is_a_sum():
     """Chapter 11 adds the two cross-entropies: 2 ln 2 when D cannot tell. By hand: -ln(e^2 / (e^2 + e^-1)) etc."""
-    loss = load_script("01_vanilla_gan").discriminator_loss
+    loss, _, _ = load_script("01_vanilla_gan").losses("two-logit", "non-saturating")
     assert value_and_gradient(loss, ([[0, 0]], 2), ([[0, 0]], 2))[0] == pytest.approx(2 * LN2)
     value, (d_real, d_fake) = value_and_gradient(loss, ([[-1, 2]], 2), ([[1, 0]], 2))
     assert value == pytest.approx(0.0485873516 + 0.3132616875)
@@ -67,9 +67,9 @@ def test_two_logit_discriminator_loss_is_a_sum():
 
 
 def test_probability():
-    probability = load_script("01_vanilla_gan").probability
-    torch.testing.assert_close(probability(torch.tensor([[0.0], [math.log(3)]])), torch.tensor([0.5, 0.75]))
-    torch.testing.assert_close(probability(torch.tensor([[1.0, 1.0], [0.0, math.log(3)]])), torch.tensor([0.5, 0.75]))
+    one, two = (load_script("01_vanilla_gan").losses(variant, "saturating")[2] for variant in ("bce", "two-logit"))
+    torch.testing.assert_close(one(torch.tensor([[0.0], [math.log(3)]])), torch.tensor([0.5, 0.75]))
+    torch.testing.assert_close(two(torch.tensor([[1.0, 1.0], [0.0, math.log(3)]])), torch.tensor([0.5, 0.75]))
 
 
 def test_erratum_6_probabilities_saturate():

@@ -11,7 +11,7 @@ from conftest import SCRIPTS, load_script, snapshot, unchanged
 IMAGE, POINT = (1, 28, 28), (2,)
 GENERATORS = [  # script, class, trainable parameters, shape of a sample
     ("01_vanilla_gan", "Generator", 581_264, IMAGE),
-    ("01_vanilla_gan", "TwoLogitGenerator", 294_160, IMAGE),
+    ("01_vanilla_gan", "Chapter11Generator", 294_160, IMAGE),
     ("01_vanilla_gan", "KerasGenerator", 1_489_936, IMAGE),
     ("01_vanilla_gan", "PointsGenerator", 46_210, POINT),
     ("02_dcgan", "Generator", 856_065, IMAGE),
@@ -21,11 +21,11 @@ GENERATORS = [  # script, class, trainable parameters, shape of a sample
     ("04_cgan", "Generator", 156_688, IMAGE),
     ("05_sn_label_smoothing", "Generator", 856_065, IMAGE),
     ("05_sn_label_smoothing", "PointsGenerator", 46_210, POINT),
-    ("02_dcgan", "LadderGenerator", 12_671_617, (1, 64, 64)),
+    ("02_dcgan", "Generator64", 12_671_617, (1, 64, 64)),
 ]
 CRITICS = [  # script, class, trainable parameters, shape of a sample, outputs
     ("01_vanilla_gan", "Discriminator", 533_505, IMAGE, 1),
-    ("01_vanilla_gan", "TwoLogitDiscriminator", 133_762, IMAGE, 2),
+    ("01_vanilla_gan", "Chapter11Discriminator", 133_762, IMAGE, 2),
     ("01_vanilla_gan", "PointsDiscriminator", 33_537, POINT, 1),
     ("02_dcgan", "Discriminator", 98_113, IMAGE, 1),
     ("03_wgan_gp", "Critic", 133_633, IMAGE, 1),
@@ -34,7 +34,7 @@ CRITICS = [  # script, class, trainable parameters, shape of a sample, outputs
     ("04_cgan", "Critic", 142_465, IMAGE, 1),
     ("05_sn_label_smoothing", "Discriminator", 2_755_009, IMAGE, 1),
     ("05_sn_label_smoothing", "PointsDiscriminator", 33_537, POINT, 1),
-    ("02_dcgan", "LadderDiscriminator", 11_033_985, (1, 64, 64), 1),
+    ("02_dcgan", "Discriminator64", 11_033_985, (1, 64, 64), 1),
 ]
 
 
@@ -70,7 +70,7 @@ def test_discriminator(script, name, parameters, shape, outputs):
 
 @pytest.mark.parametrize("script, name, slope", [
     ("01_vanilla_gan", "Generator", 0.2), ("01_vanilla_gan", "Discriminator", 0.2),
-    ("01_vanilla_gan", "TwoLogitGenerator", 0.3), ("01_vanilla_gan", "TwoLogitDiscriminator", 0.3),
+    ("01_vanilla_gan", "Chapter11Generator", 0.3), ("01_vanilla_gan", "Chapter11Discriminator", 0.3),
     ("01_vanilla_gan", "KerasGenerator", 0.2), ("02_dcgan", "Discriminator", 0.2),
     ("03_wgan_gp", "Generator", 0.3), ("03_wgan_gp", "Critic", 0.3), ("03_wgan_gp", "ConvCritic", 0.2),
     ("04_cgan", "Generator", 0.3), ("04_cgan", "Critic", 0.3), ("05_sn_label_smoothing", "Discriminator", 0.2)])
@@ -80,7 +80,7 @@ def test_slope_of_the_text(script, name, slope):
 
 
 @pytest.mark.parametrize("script, name, kind, rate, times", [
-    ("01_vanilla_gan", "TwoLogitDiscriminator", nn.Dropout, 0.5, 3), ("03_wgan_gp", "Critic", nn.Dropout, 0.5, 3),
+    ("01_vanilla_gan", "Chapter11Discriminator", nn.Dropout, 0.5, 3), ("03_wgan_gp", "Critic", nn.Dropout, 0.5, 3),
     ("04_cgan", "Critic", nn.Dropout, 0.5, 3), ("02_dcgan", "Discriminator", nn.Dropout2d, 0.25, 4),
     ("03_wgan_gp", "ConvCritic", nn.Dropout2d, 0.25, 4)])
 def test_dropout_of_the_text(script, name, kind, rate, times):
@@ -95,20 +95,20 @@ DCGAN = [L, "Unflatten", "BatchNorm2d", *["Upsample", CONV, "BatchNorm2d", R] * 
 ORDER = [
     ("01_vanilla_gan", "Generator", [L, LEAKY, *[L, B, LEAKY] * 2, *IMAGE_END]),
     ("01_vanilla_gan", "Discriminator", ["Flatten", *[L, LEAKY] * 2, L]),
-    ("01_vanilla_gan", "TwoLogitGenerator", [*[L, LEAKY, B] * 2, *IMAGE_END]),
-    ("01_vanilla_gan", "TwoLogitDiscriminator", ["Flatten", *MLP_CRITIC]),
+    ("01_vanilla_gan", "Chapter11Generator", [*[L, LEAKY, B] * 2, *IMAGE_END]),
+    ("01_vanilla_gan", "Chapter11Discriminator", ["Flatten", *MLP_CRITIC]),
     ("01_vanilla_gan", "KerasGenerator", [*[L, LEAKY, B] * 3, *IMAGE_END]),
     ("02_dcgan", "Generator", DCGAN),
     ("02_dcgan", "Discriminator", [*CONVOLUTIONS, *[*CONVOLUTIONS, "BatchNorm2d"] * 3, "Flatten", L]),
     ("03_wgan_gp", "Generator", [*[L, LEAKY, B] * 3, *IMAGE_END]),
-    ("03_wgan_gp", "Critic", ["Flatten", *MLP_CRITIC]),
+    ("03_wgan_gp", "Critic", MLP_CRITIC),
     ("03_wgan_gp", "ConvGenerator", DCGAN),
     ("03_wgan_gp", "ConvCritic", [*CONVOLUTIONS * 4, "Flatten", L]),
     ("04_cgan", "Generator", ["Embedding", *[L, LEAKY, B] * 3, *IMAGE_END]),
     ("04_cgan", "Critic", ["Embedding", *MLP_CRITIC]),
     ("05_sn_label_smoothing", "Generator", DCGAN),
-    ("02_dcgan", "LadderGenerator", [L, "Unflatten", "BatchNorm2d", R, *["ConvTranspose2d", "BatchNorm2d", R] * 3, "ConvTranspose2d", "Tanh"]),
-    ("02_dcgan", "LadderDiscriminator", [CONV, LEAKY, *[CONV, "BatchNorm2d", LEAKY] * 3, "Flatten", L]),
+    ("02_dcgan", "Generator64", [L, "Unflatten", "BatchNorm2d", R, *["ConvTranspose2d", "BatchNorm2d", R] * 3, "ConvTranspose2d", "Tanh"]),
+    ("02_dcgan", "Discriminator64", [CONV, LEAKY, *[CONV, "BatchNorm2d", LEAKY] * 3, "Flatten", L]),
 ]
 
 
@@ -117,7 +117,7 @@ def test_layers_stand_in_the_order_of_the_text(script, name, expected):
     layers = [layer for layer in getattr(load_script(script), name)().modules() if not list(layer.children())]
     assert [type(layer).__name__ for layer in layers] == expected
     assert {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} <= {"nearest"}
-    kernel = (4, 4) if name.startswith("Ladder") else (3, 3)
+    kernel = (4, 4) if name.endswith("64") else (3, 3)
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
     assert {(layer.kernel_size, layer.padding) for layer in convolutions} <= {(kernel, (1, 1))}
 
@@ -166,10 +166,6 @@ def seeded(make, *arguments, **settings):
     return snapshot(make(*arguments, **settings).state_dict().items())
 
 
-def plain(layer):
-    return layer
-
-
 def test_points_networks_are_the_same_in_01_03_and_05():
     """Collapse and cure are only comparable on equal networks."""
     first, third, fifth = (load_script(name) for name in ("01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing"))
@@ -177,8 +173,8 @@ def test_points_networks_are_the_same_in_01_03_and_05():
         assert unchanged(seeded(first.PointsGenerator), seeded(other.PointsGenerator))
     discriminator = first.PointsDiscriminator
     assert unchanged(seeded(discriminator), seeded(third.PointsCritic))
-    assert unchanged(seeded(discriminator), seeded(fifth.PointsDiscriminator, normalise=plain))
-    for ours, theirs in [(discriminator(), third.PointsCritic()), (discriminator(), fifth.PointsDiscriminator(normalise=plain))]:
+    assert unchanged(seeded(discriminator), seeded(fifth.PointsDiscriminator, normalise=nn.Identity()))
+    for ours, theirs in [(discriminator(), third.PointsCritic()), (discriminator(), fifth.PointsDiscriminator(normalise=nn.Identity()))]:
         assert str(ours).split("\n")[1:] == str(theirs).split("\n")[1:]
 
 
@@ -190,7 +186,7 @@ def test_03_and_05_train_the_generator_of_02():
 
 
 @pytest.mark.parametrize("generator, discriminator, size", [("Generator", "Discriminator", 28),
-                                                            ("LadderGenerator", "LadderDiscriminator", 64)])
+                                                            ("Generator64", "Discriminator64", 64)])
 def test_dcgan_in_colour(generator, discriminator, size):
     module = load_script("02_dcgan")
     samples = getattr(module, generator)(9, channels=3)(torch.randn(2, 9))
@@ -201,7 +197,7 @@ def test_dcgan_in_colour(generator, discriminator, size):
 def test_ladder_starts_as_the_paper_says():
     """arXiv 1511.06434, section 4: weights N(0, 0.02^2); torch's own start of these layers is much wider or narrower."""
     module = load_script("02_dcgan")
-    for network in (module.LadderGenerator(), module.LadderDiscriminator()):
+    for network in (module.Generator64(), module.Discriminator64()):
         for layer in network:
             if hasattr(layer, "weight"):
                 norm = isinstance(layer, nn.BatchNorm2d)
@@ -214,7 +210,7 @@ def test_ladder_follows_the_figure():
     """3.3: 4x4x1024, 8x8x512, 16x16x256, 32x32x128, 64x64; the discriminator walks it back."""
     module = load_script("02_dcgan")
     shapes = []
-    for network, x in ((module.LadderGenerator(), torch.randn(2, 100)), (module.LadderDiscriminator(), torch.randn(2, 1, 64, 64))):
+    for network, x in ((module.Generator64(), torch.randn(2, 100)), (module.Discriminator64(), torch.randn(2, 1, 64, 64))):
         for layer in network:
             x = layer(x)
             if isinstance(layer, nn.Unflatten | nn.Conv2d | nn.ConvTranspose2d):

@@ -15,7 +15,7 @@ from torch import nn
 import common
 from conftest import load_script, snapshot, unchanged
 
-SMALL = dict(latent_dim=8, width=32)
+SMALL = dict(latent_dim=8, image_size=32, channels=1, width=32)
 NEARLY = dict(rtol=1e-3, atol=1e-4)  # float32, with sums in another order
 
 
@@ -33,7 +33,7 @@ def generator(module):
 @pytest.fixture
 def discriminator(module):
     torch.manual_seed(0)
-    return module.Discriminator(width=32)
+    return module.Discriminator(32, 1, 32)
 
 
 def count(network):
@@ -45,7 +45,7 @@ def test_counts_of_the_text(module):
     assert count(module.MappingNetwork()) == 2_101_248 == 8 * (512 * 512 + 512)
     assert count(module.StyleGANGeneratorBlock(128, 64)) == 242_050
     assert count(module.AdaptiveInstanceNorm(64)) == 65_664 == 2 * (512 * 64 + 64)
-    assert count(module.Generator().blocks[3]) == 242_050, "at width 256 the last block is the text's"
+    assert count(module.Generator(512, 32, 1, 256).blocks[3]) == 242_050, "at width 256 the last block is the text's"
 
 
 @pytest.mark.parametrize("image_size, channels, width, expected", [
@@ -227,7 +227,7 @@ def test_losses_against_probabilities(module):
 class Setting:
     def __init__(self, module, level):
         torch.manual_seed(0)
-        self.module, self.generator, self.discriminator = module, module.Generator(**SMALL), module.Discriminator(width=32)
+        self.module, self.generator, self.discriminator = module, module.Generator(**SMALL), module.Discriminator(32, 1, 32)
         self.generator.level = self.discriminator.level = level
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), 1e-3)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), 1e-3)

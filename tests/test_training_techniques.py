@@ -71,7 +71,7 @@ def test_table_tells_the_three_norms_apart(module):
         assert row["frobenius"] == pytest.approx(np.linalg.norm(used), rel=1e-4)
         assert row["estimate"] == pytest.approx((parts._u.numpy() @ trained @ parts._v.numpy()).item(), rel=1e-4)
     assert table["2"]["frobenius"] > 5 * table["2"]["sigma"], "what example 6 prints is not the spectral norm"
-    plain = module.Discriminator(normalise=lambda layer: layer)
+    plain = module.Discriminator(normalise=nn.Identity())
     for row, layer in zip(module.spectral_table(plain).values(), layers(plain), strict=True):
         assert row["estimate"] is None and row["sigma"] == pytest.approx(np.linalg.norm(layer.weight.detach().flatten(1), 2), rel=1e-4)
 
@@ -134,13 +134,13 @@ def test_minibatch_discrimination(module):
     torch.manual_seed(0)
     layer = module.MinibatchDiscrimination(6, lambda part: part).double()
     f = torch.randn(5, 6, dtype=torch.float64)
-    m = layer.project(f).view(5, module.KERNELS, module.KERNEL_DIM).tolist()
+    m = layer.project(f).view(5, module.ROWS, module.ROW_DIM).tolist()
     close = lambda i, j, b: math.exp(-sum(abs(x - y) for x, y in zip(m[i][b], m[j][b], strict=True)))
-    expected = torch.tensor([[sum(close(i, j, b) for j in range(5)) / 5 for b in range(module.KERNELS)] for i in range(5)],
+    expected = torch.tensor([[sum(close(i, j, b) for j in range(5)) / 5 for b in range(module.ROWS)] for i in range(5)],
                             dtype=torch.float64)
     torch.testing.assert_close(layer(f)[:, 6:], expected)
     torch.testing.assert_close(layer(f)[:, :6], f)
-    torch.testing.assert_close(layer(f[:1].expand(5, -1))[:, 6:], torch.ones(5, module.KERNELS, dtype=torch.float64))
+    torch.testing.assert_close(layer(f[:1].expand(5, -1))[:, 6:], torch.ones(5, module.ROWS, dtype=torch.float64))
     assert torch.autograd.gradcheck(layer, (f[:3].requires_grad_(),))
 
 
