@@ -17,6 +17,7 @@ import copy
 import functools
 import hashlib
 import http.client
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -34,22 +35,17 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import extract_archive
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from csrc import build, ops
 from csrc.ops import fused  # noqa: F401  for the scripts
+
+# torchvision and matplotlib take longer to import than --help may: they are imported where they are used.
 
 # ---------------------------------------------------------------------------------------------
 # 1  Command line
@@ -345,7 +341,7 @@ class Run:
         self.samples = self.folder / "samples"
         self.samples.mkdir()
         self.pictures = []
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, matplotlib)}
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")}
         options = {**vars(args), "threads": torch.get_num_threads(),
                    "versions": {"python": platform.python_version(), **versions}}
         write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
@@ -677,7 +673,8 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
     damaged, and when it does not fit into memory. Only "auto" may end up with other data, and says so.
     """
     if name in ("auto", "mnist", "fashion-mnist"):
-        kind = torchvision.datasets.FashionMNIST if name == "fashion-mnist" else torchvision.datasets.MNIST
+        from torchvision import datasets
+        kind = datasets.FashionMNIST if name == "fashion-mnist" else datasets.MNIST
         folder = Path(data_dir, kind.__name__, "raw")
         trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
         advice = f"put its four files (raw or .gz, from {kind.mirrors[0]}) into {folder}"
@@ -735,6 +732,9 @@ def download(kind, data_dir):
 
 def read_mnist(folder, prefix):
     """Images uint8 [N, 1, 28, 28] and labels int64 [N] from the two IDX files of one split, raw or .gz."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    from torchvision.datasets.utils import extract_archive
+
     found = []
     for name, read in [("images-idx3", read_image_file), ("labels-idx1", read_label_file)]:
         path = folder / f"{prefix}-{name}-ubyte"
@@ -759,7 +759,10 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-Bold
 
 def draw_glyphs():
     """The ten digits in every font, centred and blurred, [10, fonts, 1, 64, 64] in [0, 1]."""
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    from matplotlib import get_data_path
+    from torchvision.transforms.functional import gaussian_blur
+
+    folder = Path(get_data_path(), "fonts", "ttf")
     glyphs = np.zeros((10, len(FONTS), 64, 64), np.float32)
     for column, font in enumerate(FONTS):
         face = ImageFont.truetype(str(folder / f"{font}.ttf"), 58)
@@ -769,8 +772,7 @@ def draw_glyphs():
             corner = 32 - (left + right) / 2, 32 - (top + bottom) / 2
             ImageDraw.Draw(canvas).text(corner, str(digit), fill=255, font=face)
             glyphs[digit, column] = np.asarray(canvas)
-    blur = torchvision.transforms.functional.gaussian_blur
-    return blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
+    return gaussian_blur(torch.from_numpy(glyphs / 255), 7, 1.5)[:, :, None]
 
 
 @functools.cache
@@ -839,6 +841,8 @@ def read_folder(folder, image_size, channels, device):
 
     The largest centred square of each is scaled to the size. What cannot be read is named and left out.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in {folder}; name your folder with --data-dir")
@@ -1177,6 +1181,9 @@ def save_picture(samples, columns, path, paths=False, reach=1.5):
     With `paths`, each `columns` successive points are one path through the plane. The plot of points shows
     [-reach, reach] in both directions.
     """
+    from matplotlib.figure import Figure
+    from torchvision.utils import save_image
+
     if samples.dim() == 4:
         enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
         return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
@@ -1192,6 +1199,9 @@ def save_picture(samples, columns, path, paths=False, reach=1.5):
 
 def save_panels(panels, path):
     """Image grids side by side with a title each; panels: {title: (images [N, C, H, W] in [-1, 1], columns)}."""
+    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
+
     grids = {title: make_grid(images, columns, normalize=True, value_range=(-1, 1), pad_value=1)
              for title, (images, columns) in panels.items()}
     height, width = max(g.size(1) for g in grids.values()), sum(g.size(2) for g in grids.values())
@@ -1206,6 +1216,8 @@ def save_panels(panels, path):
 
 def save_curves(history, plots, path):
     """Panels, four in a row: (title, quantities, {label: the value expected at convergence}) over the epochs of `history`."""
+    from matplotlib.figure import Figure
+
     rows, columns = math.ceil(len(plots) / 4), min(4, len(plots))
     figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat

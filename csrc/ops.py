@@ -21,6 +21,7 @@ DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
           "cuda": {torch.float32, torch.float16, torch.bfloat16}}
 EPS = 1e-5  # F.instance_norm's
 KERNELS = {}  # the operators in use, by type of device
+SERVED = []  # what torch.compile has to take whole; said to it when kernels are chosen: its import takes a second
 
 
 def choose(wanted, device):
@@ -40,6 +41,8 @@ def choose(wanted, device):
             raise
         return f"reference: PyTorch's own operations, no fused ones ({reason})"
     KERNELS[device] = kernels
+    for apply in SERVED:
+        torch.compiler.allow_in_graph(apply)
     return f"fused, for {device}"
 
 
@@ -93,9 +96,10 @@ def fused(name):
     serve, function = {"penalty": (penalty, Penalty), "adain": (adain, AdaIN)}[name]
 
     def decorate(formula):
-        @torch.compiler.allow_in_graph  # as a whole: torch.compile would look into it and lose the second derivative
         def apply(tensor, *others):
             return function.apply(tensor, *others, formula, KERNELS[tensor.device.type])
+
+        SERVED.append(apply)  # torch.compile would look into it and lose the second derivative
 
         @functools.wraps(formula)
         def call(*arguments, **options):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision import datasets
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan", "05_sn_label_smoothing", "06_stylegan_blocks"]
@@ -48,7 +49,7 @@ def snapshot(state):
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """No test leaves this machine: the download servers are a closed local port."""
-    for kind in (common.torchvision.datasets.MNIST, common.torchvision.datasets.FashionMNIST):
+    for kind in (datasets.MNIST, datasets.FashionMNIST):
         monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setitem(os.environ, "no_proxy", "127.0.0.1")
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import common
-from conftest import load_script, run_script
+from conftest import ROOT, load_script, run_script
 
 TRAINED = ["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "16", "--eval-interval", "0"]
 TEXT = {  # the text's constants; (ours) where it has none
@@ -205,3 +207,9 @@ def test_from_runs_no_code_of_the_checkpoint(run, tmp_path, capsys):
 def test_help_prints_in_any_encoding():
     process = run_script("03_wgan_gp", "--help", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert process.returncode == 0 and "--gp-weight X" in process.stdout
+
+
+def test_help_imports_nothing_slow():
+    """torchvision, matplotlib and torch.compile's machinery take longer than torch itself: only a run needs them."""
+    program = "import sys, common; print(sorted({'torchvision', 'matplotlib', 'torch._dynamo'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
+from torchvision.utils import save_image
 
 import common
 from conftest import ROOT, load_script
@@ -164,7 +165,7 @@ def few_digits(monkeypatch, cache):
     """12,000 training and 1,000 test digits, and a cache of classifiers of our own."""
     draw = common.draw_digits
     count = {"train": 12_000, "test": 1_000}
-    monkeypatch.setattr(common, "draw_digits", lambda split: tuple(part[:count[split]] for part in draw(split)))
+    monkeypatch.setattr(common, "draw_digits", lambda split: tuple(part[:count[split]].clone() for part in draw(split)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
@@ -577,7 +578,7 @@ def test_what_cannot_be_scored_says_so(few_digits, monkeypatch, tmp_path, capsys
 
 def test_images_of_your_own_have_no_scores(few_digits, tmp_path, capsys):
     for index, image in enumerate(common.draw_digits("test")[0][:20]):
-        common.save_image(image / 255, tmp_path / f"{index}.png")
+        save_image(image / 255, tmp_path / f"{index}.png")
     load_script("02_dcgan").main(["--dataset", "folder", "--data-dir", str(tmp_path), "--epochs", "1", "--batch-size", "8",
                                   "--max-batches", "1", "--output-dir", str(tmp_path / "runs")])
     assert "scores  none: images of your own have no test images" in capsys.readouterr().out
