@@ -91,9 +91,9 @@ class Chapter11Discriminator(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Flatten(),
-            nn.Linear(784, 128), nn.LeakyReLU(0.3), nn.Dropout(0.5),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), nn.Dropout(0.5),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), nn.Dropout(0.5),
+            nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 2))
 
 
@@ -248,8 +248,9 @@ def main(argv=None):
     q, p, probability = losses(args.variant, args.generator_loss)
     generator = make_generator(args.latent_dim).to(args.device)
     discriminator = make_discriminator().to(args.device)
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, (args.beta1, args.beta2))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
+    betas = args.beta1, args.beta2
+    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
     half = torch.zeros(1, 2 if args.variant == "two-logit" else 1)      # logits of D = 0.5
     expected = {f"equilibrium {value:.3f}": value

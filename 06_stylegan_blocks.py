@@ -423,8 +423,9 @@ def main(argv=None):
                  *generator.to_rgb.parameters()]
     groups = [{"params": synthesis},
               {"params": generator.mapping.parameters(), "lr": args.lr_g * MAPPING_RATE}]
-    optimizer_g = torch.optim.Adam(groups, args.lr_g, (args.beta1, args.beta2))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, (args.beta1, args.beta2))
+    betas = args.beta1, args.beta2
+    optimizer_g = torch.optim.Adam(groups, args.lr_g, betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
     if "compare_kernels" in args:
         generator.level = discriminator.level = top     # where AdaIN costs most

@@ -138,6 +138,10 @@ def plain(script, args):
     else:
         critic = getattr(module, "Critic", None) or module.Discriminator
         pair, loop = (module.Generator(args.latent_dim), critic()), plain_wgan if hasattr(module, "Critic") else plain_gan
+    for network in pair:
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, common.Dropout):  # the text's
+                network.set_submodule(name, nn.Dropout(0.5))
     return loop(args, *(network.to(args.device) for network in pair))
 
 

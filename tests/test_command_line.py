@@ -21,9 +21,9 @@ TEXT = {  # the text's constants; (ours) where it has none
                                       noise="normal", generator_loss="non-saturating"),
     ("02_dcgan", "dcgan"): dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100),  # epochs: ours
     ("03_wgan_gp", "mlp"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                                noise="uniform", gp_weight=10, n_critic=5),
+                                noise="uniform", gp_weight=10, n_critic=5, penalty="explicit"),
     ("03_wgan_gp", "conv"): dict(batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100,
-                                 noise="normal", gp_weight=10, n_critic=5),                # batch: ours
+                                 noise="normal", gp_weight=10, n_critic=5, penalty="autograd"),                # batch: ours
     ("04_cgan", "cgan"): dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0, beta2=0.9, latent_dim=100, gp_weight=10, n_critic=5),
     ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
                                              spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
@@ -108,6 +108,8 @@ def test_wrong_values_are_refused_before_any_work(tmp_path, capsys, flag, values
     ("03_wgan_gp", ["--dataset", "folder"], "argument --dataset: invalid choice"),
     ("04_cgan", ["--dataset", "stacked-mnist"], "argument --dataset: invalid choice"),
     ("04_cgan", ["--evaluate"], "--evaluate needs a trained generator"),
+    ("03_wgan_gp", ["--critic", "conv", "--penalty", "explicit"], "--penalty explicit is for the fully connected critic"),
+    ("03_wgan_gp", ["--dataset", "ring", "--penalty", "explicit"], "--penalty explicit is for the fully connected critic"),
     ("02_dcgan", ["--image-size", "32"], "argument --image-size: invalid choice"),
     ("06_stylegan_blocks", ["--image-size", "28"], "argument --image-size: invalid choice"),
     ("06_stylegan_blocks", ["--channels", "2"], "argument --channels: invalid choice"),

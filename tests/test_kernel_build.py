@@ -204,9 +204,9 @@ def test_a_script_falls_back_or_leaves(tmp_path):
     assert failed.stderr == ("03_wgan_gp.py: error: no fused kernels: no C++ compiler: /no/such/compiler is not on the PATH; "
                              "install g++ or clang\n")
     assert not list(tmp_path.glob("runs/*"))
-    assert run().stdout.splitlines()[2] == ("kernels reference: PyTorch's own operations, no fused ones (no C++ compiler: "
+    assert run().stdout.splitlines()[3] == ("kernels reference: PyTorch's own operations, no fused ones (no C++ compiler: "
                                             "/no/such/compiler is not on the PATH; install g++ or clang)")
-    assert run("--kernels", "reference").stdout.splitlines()[2] == "kernels reference: PyTorch's own operations, as asked"
+    assert run("--kernels", "reference").stdout.splitlines()[3] == "kernels reference: PyTorch's own operations, as asked"
     for path in tmp_path.glob("runs/*/options.json"):
         assert json.loads(path.read_text())["kernels"] == "reference"
 

