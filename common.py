@@ -355,9 +355,9 @@ class Run:
         self.samples = self.folder / "samples"
         self.samples.mkdir()
         self.pictures = []
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "matplotlib")}
+        versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "matplotlib")}
         options = {**vars(args), "threads": torch.get_num_threads(),
-                   "versions": {"python": platform.python_version(), **versions}}
+                   "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
         write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
         print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
 

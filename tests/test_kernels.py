@@ -304,7 +304,7 @@ def test_more_elements_than_an_int32_counts(kernels):
 
 
 @pytest.mark.parametrize("script, dtype, flags, operators", [
-    ("03_wgan_gp", torch.float32, ["--lr-g", 1e-5, "--lr-d", 1e-5], {"penalty": 100, "penalty_backward": 100}),
+    ("03_wgan_gp", torch.float32, ["--lr-g", 1e-6, "--lr-d", 1e-6], {"penalty": 100, "penalty_backward": 100}),
     ("03_wgan_gp", torch.float64, [], {"penalty": 100, "penalty_backward": 100}),
     ("06_stylegan_blocks", torch.float32, ["--lr-g", 3e-5, "--lr-d", 3e-5, "--batch-size", 8], {"adain": 80, "adain_backward": 40}),
     ("06_stylegan_blocks", torch.float64, ["--progressive", "off", "--batch-size", 8, "--width", 32], {"adain": 320, "adain_backward": 160})])
