@@ -561,7 +561,8 @@ def load_generator(generator, path):
     """Give the generator the state in a checkpoint, of its moving average if there is one; return the epoch."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]))
+        # assign: the memory layout, too, so that the pictures are the training's to the bit
+        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]), assign=True)
         return checkpoint["epoch"]
     except Exception:  # noqa: BLE001  whatever a damaged file raises
         fail(f"--from: the generator in {path} does not fit its own options; the file is damaged, or of an older version")
