@@ -22,7 +22,6 @@ its batches with replacement, updates D twice per step, on real and then on fake
 fakes in inference mode, starts as Keras does and has 1e-7 as Adam's eps.
 """
 
-import math
 
 import torch
 import torch.nn.functional as F

@@ -106,8 +106,8 @@ FLAGS = {  # of every script: group, help, what argparse is told of its value
     "--max-batches": ("data", "at most N generator steps per epoch, for a quick look", COUNT),
     "--sample-interval": ("output", "epochs between sample pictures and checkpoints (default: a twentieth of the run)",
                           COUNT),
-    "--eval-interval": ("output", "epochs between scores; mnist, fashion-mnist and digits then hold out every sixth "
-                        "training image to choose best.pt. 0: no scores (default: scores at the end)",
+    "--eval-interval": ("output", ("epochs between scores; mnist, fashion-mnist and digits then hold out every sixth "
+                                   "training image to choose best.pt. 0: no scores (default: scores at the end)"),
                         dict(type=number(int, at_least=0), metavar="N")),
     "--ema-decay": ("output", "sample from a moving average of the generator, which keeps this much per step", DECAY),
     "--evaluate": ("drawing", "score it", SWITCH),
@@ -446,14 +446,16 @@ class Run:
         """The epoch is done: its line, and its row of log.jsonl."""
         epoch, width = self.epoch + 1, len(str(self.args.epochs))
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
-        self._print(f"epoch {epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s")
+        line = f"epoch {epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s"
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
+            self._print(line)
             self.bar.close()
             fail(f"{bad[0]} is no longer finite in epoch {epoch}; try smaller --lr-g and --lr-d "
                  f"(output so far in {self.folder})", code=1)
         self.history.append({"epoch": epoch, "step": self.step, "seconds": round(seconds, 3), **row, **self.notes})
         self.epoch = epoch
+        self._print(line)  # what is shown is done: Ctrl-C finds it in the history
         self._save_log()
 
     def _save_log(self):

@@ -12,7 +12,6 @@ from torchvision import datasets
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan", "05_sn_label_smoothing", "06_stylegan_blocks"]
 sys.path.insert(0, str(ROOT))
-import common
 from csrc import ops
 
 

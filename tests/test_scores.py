@@ -12,7 +12,6 @@ import prdc
 import pytest
 import scipy
 import torch
-from PIL import Image
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
