@@ -39,13 +39,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 from csrc import build, ops
 from csrc.ops import fused  # noqa: F401  for the scripts
 
 # torchvision and matplotlib take longer to import than --help may: they are imported where they are used.
+
+# Under torchrun this process is one of RANKS that train together, each on its share of the data and of the batch.
+# The first, rank 0, speaks and writes for all.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---------------------------------------------------------------------------------------------
 # 1  Command line
@@ -176,6 +180,8 @@ class Parser(argparse.ArgumentParser):
             sys.stdout.reconfigure(errors="replace")  # "?" for the Japanese that a terminal's encoding lacks
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         self.given = set(given)
+        if RANKS > 1 and given.keys() & {"run", "compare_kernels"}:
+            fail("torchrun is for trainings; start this with python")
         if "run" in given:
             return argparse.Namespace(**self._options_of_run(given))
         for name in sorted(self.drawing & self.given):
@@ -236,12 +242,15 @@ def prepare(args, classes=0):
     """
     torch.manual_seed(args.seed)
     args.device = pick_device(args.device)
+    if RANKS > 1:
+        join_ranks(args)
     with written(f"--output-dir {args.output_dir}"):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
     print(f"{args.script}, {args.variant}, seed {args.seed}")
-    print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}" +
+          f", {RANKS} processes" * (RANKS > 1))
     data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
     args.dataset, args.classes = data.name, classes
     if args.eval_interval and data.name in CLASSIFIED:
@@ -251,7 +260,29 @@ def prepare(args, classes=0):
         fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
     print(f"data    {data.name}, {len(data.samples)} samples of {list(data.samples.shape[1:])}, batch {args.batch_size}")
     choose_kernels(args)
-    return data
+    args.batch_size //= RANKS  # from here on this process's own
+    share = slice(RANK, len(data.samples) // RANKS * RANKS, RANKS)
+    return Data(data.name, data.samples[share], data.labels[share])
+
+
+def join_ranks(args):
+    """Meet the other processes of torchrun; all but rank 0 fall silent."""
+    if args.batch_size % RANKS or args.batch_size < 2 * RANKS:
+        fail(f"--batch-size {args.batch_size} cannot be shared by {RANKS} processes; take a larger multiple of {RANKS}")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def average_gradients(optimizer, *_):
+    """Before each of the optimizer's steps: every gradient becomes its mean over the ranks."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / RANKS).split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def pick_device(wanted):
@@ -338,9 +369,18 @@ class Run:
         self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
         self.epoch = self.step = 0  # how many are done
         self.history, self.scores = [], {}  # a row per epoch; the last scores of each checkpoint
-        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
+        optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+        self.rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
+        if RANKS > 1:  # all have the same weights; from here on each draws random numbers of its own
+            torch.manual_seed(args.seed + RANK)
+            for optimizer in optimizers:
+                optimizer.register_step_pre_hook(average_gradients)
+        if RANK:
+            return
+        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
         if self.scorer:
             when = f"every {args.eval_interval} epochs" if args.eval_interval else "at the end"
             print(f"scores  {when}, of {self.scorer.count} samples against {self.scorer.against}")
@@ -348,15 +388,12 @@ class Run:
             fail(f"--eval-interval: {NO_SCORES}")
         elif args.eval_interval is None:
             print(f"scores  none: {NO_SCORES}")
-        self.rates = [(group, group["lr"]) for part in state.values() if isinstance(part, torch.optim.Optimizer)
-                      for group in part.param_groups]
-        self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
         self.folder = self._new_folder()
         self.samples = self.folder / "samples"
         self.samples.mkdir()
         self.pictures = []
         versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "matplotlib")}
-        options = {**vars(args), "threads": torch.get_num_threads(),
+        options = {**vars(args), "batch_size": args.batch_size * RANKS, "ranks": RANKS, "threads": torch.get_num_threads(),
                    "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
         write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
         print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
@@ -381,14 +418,15 @@ class Run:
         self.pipeline.save(self.data.scaled(index.to(self.data.samples.device)).cpu(), 8, self.samples / "real.png")
 
     def __enter__(self):
-        self._picture()
+        if not RANK:
+            self._picture()
         self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step",
-                        disable=None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
+                        disable=True if RANK else None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        if kind is KeyboardInterrupt:
+        if kind is KeyboardInterrupt and not RANK:
             self.save_checkpoint()
             self._save_log()
             if self.history:
@@ -401,7 +439,13 @@ class Run:
         while self.epoch < self.args.epochs:
             self.sums, self.notes, start = {}, {}, time.perf_counter()
             yield self.data.batches(self.args.batch_size)
-            row = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
+            means = torch.stack([(total / count).to(self.args.device) for total, count in self.sums.values()])
+            if RANKS > 1:
+                distributed.all_reduce(means)
+            row = dict(zip(self.sums, (means / RANKS).tolist()))  # waits for the device
+            if RANK:
+                self.epoch += 1
+                continue
             self._log(row, time.perf_counter() - start)
             if self._due(self.args.sample_interval):
                 self.save_checkpoint()
@@ -412,6 +456,8 @@ class Run:
             if self.scorer and self._due(self.args.eval_interval):
                 self._score()
         self.bar.close()
+        if RANK:
+            return
         if self.scorer:
             show_scores(self.scorer, self.scores)
         print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
@@ -848,8 +894,9 @@ def enlarge(images, image_size, channels, device):
     check_memory(len(images), image_size, channels, device)
     large = torch.empty(len(images), channels, image_size, image_size, dtype=torch.uint8)
     for part in torch.arange(len(images)).split(1000):
-        padded = F.pad(images[part], (2, 2, 2, 2) if image_size != 28 else (0, 0, 0, 0)).float()
-        large[part] = F.interpolate(padded, image_size, mode="bilinear").round().byte()
+        padded = F.pad(images[part], (2, 2, 2, 2) if image_size != 28 else (0, 0, 0, 0))
+        large[part] = (padded if padded.size(3) == image_size else
+                       F.interpolate(padded.float(), image_size, mode="bilinear").round().byte())
     return large
 
 

@@ -1,20 +1,33 @@
 """How fast is a training step, beside a plain PyTorch loop of the same networks in the text's manner? Run by hand.
 
     python tests/benchmark.py [03 04 ...] [--threads N] [--device cpu] [--rounds N]
+    python tests/benchmark.py [03 04 ...] --memory [--threads N] [--device cpu]
+    python tests/benchmark.py [03 04 ...] --growth [--threads N] [--device cpu]
 
 The plain loop reads each image with PIL and torchvision's transforms through a DataLoader, as the text does, forms the
 penalty by autograd, and uses Adam as it comes. It and the script's own loop, data and log included, take turns in one
 process; medians and half interquartile ranges of all rounds are printed. The floor is the time that the products of the
 script's step would take at the rate of one of them alone: `FLOP / rate`, matrix products and convolutions apart.
+
+--memory trains each script for ten steps, in a process of its own, and prints the most memory that this took: resident
+memory of the process (Linux), or with --device cuda what PyTorch allocated there. Beside it stands what it took to import
+everything and to load the data.
+
+--growth times each script's own steps at several batch sizes, widths and image sizes. It prints a table and draws
+docs/growth.png. A point that would take more than some 20 s is left out.
 """
 
 import argparse
 import collections
 import contextlib
+import itertools
+import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,9 +41,17 @@ from torchvision import transforms
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import common
-from conftest import SCRIPTS, load_script
+from conftest import ROOT, SCRIPTS, load_script
+from csrc.compare import digits, machine, wait
 
 STEPS = {"01": 40, "02": 2, "03": 6, "04": 6, "05": 2, "06": 1}  # of a turn
+GROWTH = [  # the panels: title, unit, flags of all its lines; the lines: script, flag, values
+    ("batch size", "samples", [], [(script, "--batch-size", (16, 32, 64, 128, 256)) for script in SCRIPTS]),
+    ("width, latent dimensions (batch 32, 32x32)", "channels at 4x4 and 8x8; dimensions", ["--batch-size", "32"],
+     [(SCRIPTS[5], flag, (32, 64, 128, 256)) for flag in ("--width", "--latent-dim")]),
+    ("image size (batch 16)", "pixels in height and width", ["--batch-size", "16"],
+     [(SCRIPTS[1], "--image-size", (28, 64)), (SCRIPTS[5], "--image-size", (32, 64, 128))]),  # 02: other networks at 64
+]
 
 
 class Images(Dataset):
@@ -163,48 +184,96 @@ class Done(Exception):
     pass
 
 
-def measure(script, flags, rounds):
-    """Seconds per step of the script's loop and of the plain one, [rounds] each, and the FLOP of one step by operation."""
-    ours, theirs, flop, steps, count = [], [], {}, common.Run.steps, STEPS[script[:2]]
+def drive(script, flags, loop):
+    """Run a script's training on drawn digits until loop(run, steps), a generator in place of run.steps(), ends."""
+    steps = common.Run.steps
 
-    def timed(run):
-        inner, other = steps(run), plain(script, run.args)
-
-        def turn(times, advance):
-            wait(run.args.device)
-            start = time.perf_counter()
-            yield from advance
-            wait(run.args.device)
-            times.append((time.perf_counter() - start) / count)
-
-        def own():
-            for _ in range(count):
-                yield next(inner)
-
-        yield next(inner)
-        with Flop() as counter:
-            yield next(inner)
-        flop.update(counter.count)
-        yield from own()
-        next(other)
-        for _ in range(rounds):
-            yield from turn(ours, own())
-            for _ in turn(theirs, (None for _ in range(count) if next(other) or True)):
-                pass
+    def driven(run):
+        run.steps_per_epoch = sys.maxsize
+        yield from loop(run, steps(run))
         raise Done
 
-    common.Run.steps = timed
+    common.Run.steps = driven
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done), contextlib.redirect_stdout(None):
             load_script(script).main(["--dataset", "digits", "--eval-interval", "0", "--output-dir", folder, *flags])
     finally:
         common.Run.steps = steps
+
+
+def turn(times, steps, count, device):
+    """Passes on `count` of the steps and adds the seconds per step to `times`."""
+    wait(device)
+    start = time.perf_counter()
+    yield from itertools.islice(steps, count)
+    wait(device)
+    times.append((time.perf_counter() - start) / count)
+
+
+def measure(script, flags, rounds):
+    """Seconds per step of the script's loop and of the plain one, [rounds] each, and the FLOP of one step by operation."""
+    ours, theirs, flop, count = [], [], {}, STEPS[script[:2]]
+
+    def timed(run, inner):
+        other = plain(script, run.args)
+        yield next(inner)
+        with Flop() as counter:
+            yield next(inner)
+        flop.update(counter.count)
+        yield from itertools.islice(inner, count)
+        next(other)
+        for _ in range(rounds):
+            yield from turn(ours, inner, count, run.args.device)
+            for _ in turn(theirs, other, count, run.args.device):
+                pass
+
+    drive(script, flags, timed)
     return ours, theirs, flop
 
 
-def wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def memory(script, flags):
+    """The peaks of this process in MB: once the data are loaded, and after ten steps."""
+    import resource  # not on Windows
+
+    peaks, prepare = [], common.prepare
+
+    def read(device):
+        kernel = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks.append((torch.cuda.max_memory_allocated() if device == "cuda" else kernel) / 1e6)
+
+    def prepared(args, **settings):
+        data = prepare(args, **settings)
+        read(args.device)
+        return data
+
+    def ten(run, inner):
+        yield from itertools.islice(inner, 10)
+        read(run.args.device)
+
+    common.prepare = prepared  # for good: the process ends with this
+    # Drawing digits takes more memory than training on them does.
+    common.draw_digits = lambda split: (torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8),
+                                        torch.arange(60_000) % 10)
+    drive(script, flags, ten)
+    return peaks
+
+
+def growth(script, flags):
+    """Milliseconds per step: the median of at least three turns of some 0.2 s, or NaN if they would take some 20 s."""
+    trial, times = [], []
+
+    def timed(run, inner):
+        for _ in range(2):  # the first step is slower
+            yield from turn(trial, inner, 1, run.args.device)
+        if trial[-1] > 5:
+            return
+        count, end = math.ceil(0.2 / trial[-1]), time.perf_counter() + 2
+        yield from turn(trial, inner, count, run.args.device)
+        while len(times) < 3 or time.perf_counter() < end:
+            yield from turn(times, inner, count, run.args.device)
+
+    drive(script, flags, timed)
+    return statistics.median(times) * 1e3 if times else math.nan
 
 
 def rate(work, flop, device):
@@ -236,25 +305,68 @@ def show(times):
     return f"{median * 1e3:9.1f} +-{(high - low) / 2e-3:5.1f}"
 
 
+def show_memory(flags):
+    print(f"{'peak memory in MB':24}{'data loaded':>12}{'training':>10}")
+    for script in flags:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads,
+                                 [torch.get_num_threads()]) as fresh:
+            loaded, training = fresh.submit(memory, script, flags[script]).result()
+        print(f"{script:24}{loaded:12.0f}{training:10.0f}", flush=True)
+
+
+def show_growth(flags, setting):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure.suptitle(f"Time of a training step: {setting}")
+    for axes, (title, unit, common_flags, lines) in zip(figure.subplots(1, 3, sharey=True), GROWTH):
+        sizes = sorted({size for *_, values in lines for size in values})
+        print(f"{title:48}" + "".join(f"{size:9}" for size in sizes))
+        axes.set(title=title, xlabel=unit, yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, sizes)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_tick_params(labelleft=True)
+        axes.grid(alpha=0.3)
+        for script, flag, values in lines:
+            if script in flags:
+                times = {size: growth(script, [*flags[script], *common_flags, flag, str(size)]) for size in values}
+                cells = [digits(times[size], 3) if size in times else "" for size in sizes]
+                print(f"  {script[:2]} {flag:43}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
+                axes.plot(times.keys(), times.values(), "o--" if flag == "--latent-dim" else "o-",
+                          color=f"C{script[1]}", label=f"{script[:2]} {flag}")
+        axes.legend()
+    figure.get_axes()[0].set_ylabel("milliseconds per generator step")
+    figure.savefig(ROOT / "docs" / "growth.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", default=[script[:2] for script in SCRIPTS], help="01 to 06 (default: all)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--growth", action="store_true", help="draw docs/growth.png instead")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; ms per generator step")
+    flags = {script: ["--device", args.device, *["--progressive", "off"] * script.startswith("06")]
+             for script in SCRIPTS if script[:2] in args.scripts}
+    setting = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    if args.memory:
+        print(f"{args.device}, {setting}")
+        return show_memory(flags)
+    if args.growth:
+        return show_growth(flags, f"{machine(args.device)}, {setting}")
+    print(f"{args.device}, {setting}; ms per generator step")
     print(f"{'script':24}{'own':>18}{'plain':>18}{'times':>7}{'images/s':>10}{'GFLOP':>7}{'floor':>8}{'of floor':>9}")
-    for script in SCRIPTS:
-        if script[:2] in args.scripts:
-            flags = ["--device", args.device, *["--progressive", "off"] * script.startswith("06")]
-            ours, theirs, flop = measure(script, flags, args.rounds)
-            least, median = floor(script, flop, args.device), statistics.median(ours)
-            batch = next(iter(load_script(script).CONSTANTS.values()))["batch_size"]
-            print(f"{script:24}{show(ours):>18}{show(theirs):>18}{statistics.median(theirs) / median:7.2f}"
-                  f"{batch / median:10.0f}{sum(flop.values()) / 1e9:7.2f}{least * 1e3:8.1f}{least / median:9.0%}", flush=True)
+    for script in flags:
+        ours, theirs, flop = measure(script, flags[script], args.rounds)
+        least, median = floor(script, flop, args.device), statistics.median(ours)
+        batch = next(iter(load_script(script).CONSTANTS.values()))["batch_size"]
+        print(f"{script:24}{show(ours):>18}{show(theirs):>18}{statistics.median(theirs) / median:7.2f}"
+              f"{batch / median:10.0f}{sum(flop.values()) / 1e9:7.2f}{least * 1e3:8.1f}{least / median:9.0%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""torchrun: two processes with half of the batch each train as one with the whole."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, load_script, run_script, unchanged  # puts common on the path, for the processes, too
+
+import common
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(*arguments, **settings):
+    return subprocess.run([*TORCHRUN, *map(str, arguments)], check=False, capture_output=True, text=True, cwd=ROOT,
+                          timeout=300, **settings)
+
+
+def one_step(script, share):
+    """Networks of a script after one step of each on the samples in `share`: gradients by name.
+
+    Without Dropout and batch statistics: a step is then the mean over samples whose random numbers are given.
+    """
+    torch.manual_seed(0)
+    module, wgan = load_script(script), script == "03_wgan_gp"
+    if wgan:
+        generator, critic = module.PointsGenerator(8), module.PointsCritic()
+    else:
+        generator, critic = module.Generator(8, 32, 1, 32), module.Discriminator(32, 1, 32)
+        critic.last[0].parametrizations.weight.original.data[:, -1] = 0  # the batch's deviation is not looked at
+        for block in generator.blocks:  # nor is the noise
+            block.noise1.data.zero_(), block.noise2.data.zero_()
+    real, z = torch.randn(8, *((2,) if wgan else (1, 32, 32)))[share], torch.randn(8, 8)[share]
+    epsilon = torch.rand(8, 1)[share]
+    optimizers = [torch.optim.SGD(network.parameters(), 0.0) for network in (generator, critic)]
+    if common.RANKS > 1:
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(common.average_gradients)
+    if wgan:
+        module.torch = Fixed(epsilon)
+        module.critic_step(generator, critic, optimizers[1], real, z, 10.0)
+        module.generator_step(generator, critic, optimizers[0], z)
+    else:
+        module.discriminator_step(generator, critic, optimizers[1], real, z, 0.0, 1.0)
+        module.generator_step(generator, critic, optimizers[0], z, 0.0)
+    return {f"{kind} {name}": parameter.grad for kind, network in (("G", generator), ("C", critic))
+            for name, parameter in network.named_parameters()
+            if parameter.grad is not None and not name.startswith("last.0.parametrizations") and ".noise" not in name}
+
+
+class Fixed:
+    """torch, but for rand(), which returns these numbers."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __getattr__(self, name):
+        return (lambda *size, **options: self.numbers.view(*size[0])) if name == "rand" else getattr(torch, name)
+
+
+def train(script, folder, *flags):
+    """A whole training; at its end each process keeps its generator's weights in `folder`."""
+    leave = common.Run.__exit__
+
+    def keep(run, *error):
+        torch.save(dict(run.state["generator"].named_parameters()), f"{folder}/{common.RANK}.pt")
+        return leave(run, *error)
+
+    common.Run.__exit__ = keep
+    load_script(script).main(list(flags))
+
+
+if __name__ == "__main__":  # one of the processes of the tests below
+    task, *arguments = sys.argv[1:]
+    if task == "train":
+        train(*arguments)
+    else:
+        torch.distributed.init_process_group("gloo")
+        torch.save(one_step(task, slice(common.RANK, None, common.RANKS)), f"{arguments[0]}/{common.RANK}.pt")
+
+
+@pytest.mark.parametrize("script", ["03_wgan_gp", "06_stylegan_blocks"])
+def test_two_halves_give_the_gradients_of_the_whole(script, tmp_path, monkeypatch):
+    process = torchrun(__file__, script, tmp_path)
+    assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(load_script(script), "torch", torch)  # put back what one_step replaces
+    whole = one_step(script, slice(None))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert sum(gradient.abs().max() > 1e-4 for gradient in whole.values()) > len(whole) / 2
+    for name, gradient in whole.items():
+        assert torch.equal(first[name], second[name]), "both make the same step"
+        torch.testing.assert_close(first[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("script, flags", [("03_wgan_gp", []), ("06_stylegan_blocks", ["--width", "32", "--latent-dim", "8"])])
+def test_one_run_of_two_processes(script, flags, tmp_path):
+    process = torchrun(__file__, "train", script, tmp_path, "--dataset", "digits", "--epochs", 2, "--max-batches", 2, "--batch-size", 16,
+                       "--device", "cpu", "--eval-interval", 0, "--output-dir", tmp_path / "runs", *flags)
+    assert process.returncode == 0, process.stderr
+    folder, = (tmp_path / "runs").iterdir()
+    assert unchanged(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))), "both have the same weights"
+    lines = process.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("epoch")]) == 2 and lines[1].endswith(", 2 processes")
+    assert sum("60000 samples" in line and line.endswith("batch 16") for line in lines) == 1
+    options = json.loads((folder / "options.json").read_text())
+    assert (options["batch_size"], options["ranks"]) == (16, 2)
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [2, 4]
+    assert (folder / "samples" / "final.png").exists()
+    drawn = run_script(script, "--from", folder)
+    assert drawn.returncode == 0, drawn.stderr
+
+
+@pytest.mark.parametrize("flags, wrong", [(["--batch-size", 15], "--batch-size 15"), (["--from", "run"], "torchrun is for trainings")])
+def test_refused(flags, wrong, tmp_path):
+    process = torchrun("03_wgan_gp.py", "--dataset", "digits", "--output-dir", tmp_path, *flags)
+    assert process.returncode != 0 and not list(tmp_path.iterdir())
+    assert f"\n03_wgan_gp.py: error: {wrong}" in f"\n{process.stderr}"  # torchrun adds a report of its own
