@@ -9,12 +9,12 @@ penalty by autograd, and uses Adam as it comes. It and the script's own loop, da
 process; medians and half interquartile ranges of all rounds are printed. The floor is the time that the products of the
 script's step would take at the rate of one of them alone: `FLOP / rate`, matrix products and convolutions apart.
 
---memory trains each script for ten steps, in a process of its own, and prints the most memory that this took: resident
-memory of the process (Linux), or with --device cuda what PyTorch allocated there. Beside it stands what it took to import
-everything and to load the data.
+--memory trains each script for ten steps, in a process of its own, and prints the most memory that this took: the
+process's resident memory (Linux), or with --device cuda what PyTorch allocated there. Beside it stands the most that it
+took to import everything and to load the data.
 
 --growth times each script's own steps at several batch sizes, widths and image sizes. It prints a table and draws
-docs/growth.png. A point that would take more than some 20 s is left out.
+docs/growth.png. A point that would take more than 20 s is left out.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from csrc.compare import digits, machine, wait
 
 STEPS = {"01": 40, "02": 2, "03": 6, "04": 6, "05": 2, "06": 1}  # of a turn
 GROWTH = [  # the panels: title, unit, flags of all its lines; the lines: script, flag, values
-    ("batch size", "samples", [], [(script, "--batch-size", (16, 32, 64, 128, 256)) for script in SCRIPTS]),
-    ("width, latent dimensions (batch 32, 32x32)", "channels at 4x4 and 8x8; dimensions", ["--batch-size", "32"],
+    ("batch size", "samples per step", [], [(script, "--batch-size", (16, 32, 64, 128, 256)) for script in SCRIPTS]),
+    ("width, latent dimensions (batch 32, 32x32)", "channels at 4x4 and 8x8, or dimensions", ["--batch-size", "32"],
      [(SCRIPTS[5], flag, (32, 64, 128, 256)) for flag in ("--width", "--latent-dim")]),
     ("image size (batch 16)", "pixels in height and width", ["--batch-size", "16"],
      [(SCRIPTS[1], "--image-size", (28, 64)), (SCRIPTS[5], "--image-size", (32, 64, 128))]),  # 02: other networks at 64
@@ -238,8 +238,8 @@ def memory(script, flags):
     peaks, prepare = [], common.prepare
 
     def read(device):
-        kernel = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks.append((torch.cuda.max_memory_allocated() if device == "cuda" else kernel) / 1e6)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks.append((torch.cuda.max_memory_allocated() if device == "cuda" else resident) / 1e6)
 
     def prepared(args, **settings):
         data = prepare(args, **settings)
@@ -251,7 +251,7 @@ def memory(script, flags):
         read(run.args.device)
 
     common.prepare = prepared  # for good: the process ends with this
-    # Drawing digits takes more memory than training on them does.
+    # Random pixels: drawing digits takes more memory than some trainings on them do.
     common.draw_digits = lambda split: (torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8),
                                         torch.arange(60_000) % 10)
     drive(script, flags, ten)
@@ -259,13 +259,13 @@ def memory(script, flags):
 
 
 def growth(script, flags):
-    """Milliseconds per step: the median of at least three turns of some 0.2 s, or NaN if they would take some 20 s."""
+    """Milliseconds per step, the median of three or more turns of 0.2 s; NaN if they would take more than 20 s."""
     trial, times = [], []
 
     def timed(run, inner):
         for _ in range(2):  # the first step is slower
             yield from turn(trial, inner, 1, run.args.device)
-        if trial[-1] > 5:
+        if 4 * trial[-1] > 20:  # the warm-up and three turns
             return
         count, end = math.ceil(0.2 / trial[-1]), time.perf_counter() + 2
         yield from turn(trial, inner, count, run.args.device)
@@ -326,7 +326,7 @@ def show_growth(flags, setting):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, sizes)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_tick_params(labelleft=True)
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         for script, flag, values in lines:
             if script in flags:
@@ -334,8 +334,8 @@ def show_growth(flags, setting):
                 cells = [digits(times[size], 3) if size in times else "" for size in sizes]
                 print(f"  {script[:2]} {flag:43}" + "".join(f"{cell:>9}" for cell in cells), flush=True)
                 axes.plot(times.keys(), times.values(), "o--" if flag == "--latent-dim" else "o-",
-                          color=f"C{script[1]}", label=f"{script[:2]} {flag}")
-        axes.legend()
+                          color=f"C{SCRIPTS.index(script)}", label=f"{script[:2]} {flag}")
+        axes.legend(handles=axes.lines)
     figure.get_axes()[0].set_ylabel("milliseconds per generator step")
     figure.savefig(ROOT / "docs" / "growth.png", dpi=100)
 
