@@ -22,12 +22,11 @@ its batches with replacement, updates D twice per step, on real and then on fake
 fakes in inference mode, starts as Keras does and has 1e-7 as Adam's eps.
 """
 
+import common  # before torch: Ctrl-C then leaves no traceback
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # Chapter 3's 3 epochs are 30 steps on noise; 50 show good samples. The 16 of keras are the 30,000
@@ -241,7 +240,7 @@ def main(argv=None):
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim), generate_noise, args)
+        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
 
     data = common.prepare(args)
     q, p, probability = losses(args.variant, args.generator_loss)
@@ -273,4 +272,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

@@ -20,11 +20,11 @@ that of 3.2, with its own z for each update.
 
 import math
 
+import common  # before torch: Ctrl-C then leaves no traceback
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # Rates, betas and batch are those of 3.2 and of the table of recommended values in 3.6; the epochs
@@ -168,8 +168,8 @@ def main(argv=None):
     args = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=tuple(NETWORKS)).options(argv)
     make_generator, make_discriminator = NETWORKS[args.image_size]
     if args.run:
-        generator = make_generator(args.latent_dim, args.channels)
-        return common.sample_run(generator, generate_noise, args)
+        shape = args.latent_dim, args.channels
+        return common.sample_run(make_generator, shape, generate_noise, args)
 
     data = common.prepare(args)
     layout = dict(device=args.device, memory_format=torch.channels_last)    # faster convolutions
@@ -196,4 +196,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

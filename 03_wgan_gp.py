@@ -23,10 +23,10 @@ means over the epoch (11.3.2 prints the last batch). 3.4's critic has no BatchNo
 its betas are those of 11.3 (erratum 4), and it trains on images, not on noise (erratum 5).
 """
 
+import common  # before torch: Ctrl-C then leaves no traceback
+
 import torch
 from torch import nn
-
-import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # mlp: 11.3.2. conv: 3.4 with the batch of 64 that 3.6 recommends; its epochs are ours (実装例5
@@ -234,7 +234,7 @@ def main(argv=None):
         common.fail("--penalty explicit is for the fully connected critic of 11.3 (--critic mlp)")
     make_generator, make_critic = NETWORKS[args.variant]
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim), generate_noise, args)
+        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
 
     data = common.prepare(args)
     generator = make_generator(args.latent_dim).to(args.device)
@@ -268,4 +268,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

@@ -22,19 +22,20 @@ reads the data n_critic times; the epoch line shows means over the epoch (11.4.2
 batch).
 """
 
+import common  # before torch: Ctrl-C then leaves no traceback
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
-
 # ------------------------------------------------------------------------------- hyperparameters
 # All of 11.4.2. An epoch is N // batch generator steps, each after n_critic critic steps.
+NUM_CLASSES, EMBED_DIM = 10, 64                                                         # 11.4
 CONSTANTS = {
     "cgan": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, # erratum 7
-                 latent_dim=100, gp_weight=10.0, n_critic=5, penalty="explicit"),
+                 latent_dim=100, gp_weight=10.0, n_critic=5, penalty="explicit",
+                 classes=NUM_CLASSES),                                                  # 11.4
 }
-NUM_CLASSES, EMBED_DIM = 10, 64                                                         # 11.4
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -174,9 +175,9 @@ def main(argv=None):
                   type=int, choices=range(NUM_CLASSES))                                 # 11.4
     args = parser.options(argv)
     if args.run:
-        return common.sample_run(Generator(args.latent_dim), generate_noise, args)
+        return common.sample_run(Generator, [args.latent_dim], generate_noise, args)
 
-    data = common.prepare(args, classes=NUM_CLASSES)                                    # 11.4
+    data = common.prepare(args)
     generator = Generator(args.latent_dim).to(args.device)
     critic = Critic().to(args.device)
     betas = args.beta1, args.beta2
@@ -202,4 +203,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

@@ -29,12 +29,12 @@ learning rates (erratum 35); random labels may make L_D negative.
 
 import math
 
+import common  # before torch: Ctrl-C then leaves no traceback
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-
-import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # The constants of 02 and, for points, of 01: a comparison changes one thing at a time.
@@ -224,7 +224,7 @@ def main(argv=None):
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
     if args.run:
-        return common.sample_run(make_generator(args.latent_dim), generate_noise, args)
+        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
     if args.ttur == "on":
         if parser.given & TTUR.keys():
             common.fail("--ttur on sets both learning rates; leave out --lr-g, --lr-d or --ttur")
@@ -273,4 +273,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

@@ -24,12 +24,12 @@ strengths start at 0.1 (erratum 37).
 
 import math
 
+import common  # before torch: Ctrl-C then leaves no traceback
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
-
-import common
 
 # ------------------------------------------------------------------------------- hyperparameters
 # The betas and the mixing are StyleGAN's, the rest is ours: what showed digits within an hour on
@@ -411,8 +411,8 @@ def main(argv=None):
     args = parser.options(argv)
     shape = args.image_size, args.channels, args.width
     if args.run:
-        generator = Generator(args.latent_dim, *shape)
-        return common.sample_run(generator, generate_noise, args, STYLES)
+        shape = args.latent_dim, *shape
+        return common.sample_run(Generator, shape, generate_noise, args, STYLES)
 
     data = common.prepare(args)
     generator = Generator(args.latent_dim, *shape).to(args.device)
@@ -458,4 +458,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

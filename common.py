@@ -1,7 +1,7 @@
 """Plumbing of the numbered scripts: everything that is the same in all of them.
 
-1  Command line    flags, their checks, and the options of a run
-2  Run             the folder, the epoch line, the log and the checkpoints of one training; drawing from them
+1  Command line    flags, their checks, the options of a run; what answers for whatever ends a script
+2  Run             the folder, the epoch line, the log and the checkpoints of one training; resuming, drawing from them
 3  Pipeline        the text's image-generation pipeline (実装例8, 3.6) around one generator
 4  Data            real MNIST, digits drawn from fonts, the Gaussians of 実装例3; batches
 5  Scores          what a generator has learned, in numbers (3.2, 3.6, 演習問題2 and 5)
@@ -15,25 +15,36 @@ import argparse
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import platform
 import queue
+import re
 import shlex
+import shutil
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+
+if Path(sys.argv[0]).name[:1] == "0" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a script: Ctrl-C while torch is imported ends it without a traceback
 
 import numpy as np
 import torch
@@ -56,7 +67,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
-                ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None)
+                ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None, resume=None, classes=0)
 GROUPS = {"training": "training", "data": "data", "output": "output and scores", "kernels": "fused kernels",
           "drawing": "drawing from a run, with --from"}
 
@@ -67,13 +78,96 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number=signal.SIGINT):
+        self.number = number
+
+
+class Output(io.FileIO):
+    """A standard stream whose reader may go, or whose disk may fill: the training goes on without it."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if self.fileno() == 1:
+            print(f"{Path(sys.argv[0]).name}: what it prints can no longer be written; it goes on", file=sys.stderr)
+        return len(data)
+
+
+def guarded(main):
+    """Run a script's main; the one place that answers for whatever ends it, in one line.
+
+    Exit codes: 1 for what fails in mid-run, 2 for bad input, 128 + its number for a signal.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # "?" for what a terminal's encoding lacks
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Output(descriptor, "w", closefd=False)), encoding, "replace",
+                                            line_buffering=descriptor == 2 or os.isatty(descriptor)))
+    signals = [number for number in signal.valid_signals() if getattr(number, "name", "") in ("SIGINT", "SIGTERM", "SIGHUP")
+               and signal.getsignal(number) == signal.SIG_DFL]  # else ignored, as by nohup
+    for number in signals:
+        signal.signal(number, interrupt)
+    limit_memory()
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
+    except Exception as error:
+        size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+        if size or isinstance(error, MemoryError):
+            given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
+            fail(f"there is too little memory{f' for another {size[1]}' * bool(size)}; "
+                 f"lower {' or '.join(given or ['--batch-size'])}", 1 if Run.current and Run.current.step else 2)
+        if RANK:  # rank 0 has ended, and says why
+            raise SystemExit(1) from None
+        traceback.print_exc()
+        fail("this is a fault of these scripts; please report the lines above, with the command "
+             f"{shlex.join(['python', *sys.argv])}", code=1)
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+
+LARGE = ("--batch-size", "--latent-dim", "--width", "--image-size", "--generate")  # what takes memory
+
+
+def interrupt(number, frame):
+    """The handler of signals: a training ends after its step, anything else now; the same signal again ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    if Run.current and Run.current.in_steps:
+        Run.current.signal = number
+    else:
+        raise Interrupted(number)
+
+
+def limit_memory():
+    """Let the system refuse memory that is not free: an error here, where its killer would end the process mute."""
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
+        import resource  # not on Windows
+
+        with open("/proc/self/status") as file:
+            used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+        if not torch.cuda.is_available():  # CUDA takes addresses without end
+            limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (used + free_memory(), limit))
+
+
 @contextlib.contextmanager
-def written(path):
-    """A block that writes the file `path`: if that fails, one line says why."""
+def written(path, code=1):
+    """A block that writes `path`: if that fails, one line says why."""
     try:
         yield
     except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror})")
+        fail(f"{path} cannot be written ({error.strerror})", code)
 
 
 def number(kind, at_least=-math.inf, above=-math.inf, below=math.inf, at_most=math.inf):
@@ -98,6 +192,8 @@ SWITCH = dict(action="store_const", const=True)
 FLAGS = {  # of every script: group, help, what argparse is told of its value
     "--output-dir": (None, "folder that receives the run's folder", dict(metavar="DIR")),
     "--from": (None, "draw from this trained run (folder or checkpoint)", dict(dest="run", metavar="RUN")),
+    "--resume": (None, "go on with this interrupted run, by default the script's newest; --epochs may grow",
+                 dict(nargs="?", const="", metavar="RUN")),
     "--batch-size": ("training", "samples per step", dict(type=number(int, at_least=2), metavar="N")),  # for BatchNorm
     "--lr-g": ("training", "Adam's learning rate, generator", RATE),
     "--lr-d": ("training", "Adam's learning rate, discriminator or critic", RATE),
@@ -119,6 +215,15 @@ FLAGS = {  # of every script: group, help, what argparse is told of its value
     "--interpolate": ("drawing", "paths between latent vectors", SWITCH),
     "--explore": ("drawing", "move latent dimension DIM by -3 to 3", dict(type=number(int, at_least=0), metavar="DIM")),
 }
+
+
+def fits(action, value):
+    """Whether a value from a checkpoint is one that its flag could have given."""
+    try:
+        parsed = action.type(str(value)) if action.type else value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return parsed == value and (action.type or isinstance(value, str)) and (not action.choices or parsed in action.choices)
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,15 +280,12 @@ class Parser(argparse.ArgumentParser):
 
     def options(self, argv=None):
         """All options of this call as a Namespace, complete and checked; with --from, those of that run."""
-        sys.excepthook = stop_quietly
-        with contextlib.suppress(AttributeError):
-            sys.stdout.reconfigure(errors="replace")  # "?" for the Japanese that a terminal's encoding lacks
         given = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
         self.given = set(given)
         if RANKS > 1 and given.keys() & {"run", "compare_kernels"}:
             fail("torchrun is for trainings; start this with python")
-        if "run" in given:
-            return argparse.Namespace(**self._options_of_run(given))
+        if "run" in given or "resume" in given:
+            return argparse.Namespace(**(self._options_of_run(given) if "run" in given else self._options_to_resume(given)))
         for name in sorted(self.drawing & self.given):
             fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
         dataset = given.get("dataset")
@@ -196,21 +298,51 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("sample_interval", max(1, options["epochs"] // 20))
         return argparse.Namespace(**options)
 
-    def _options_of_run(self, given):
-        path = Path(given.pop("run"))
-        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else path
+    def _read(self, flag, path):
+        """The checked options in the checkpoint at `path`, a file or a run's folder, and its path."""
+        path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
         if not os.path.isfile(path):
-            fail(f"--from: {path} does not exist")
+            fail(f"{flag}: {path} does not exist")
+        try:
+            options = load_checkpoint(path)["options"]
+            script = options["script"]
+        except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
+            fail(f"{flag}: {path} is not a checkpoint of these scripts, or damaged ({type(error).__name__})")
+        if script != Path(self.prog).stem:
+            fail(f"{flag}: {path} was trained by {script}.py; give it to that script")
+        table, wrong = self.constants.get(str(options.get("variant"))), ["variant"]
+        if table:
+            options = {**self.defaults, **table, **options}  # an older one may lack new flags
+            flags = {action.dest: action for action in self._actions if action.dest != "variant"}
+            fixed = {"classes": 0, **table}
+            wrong = [name for name in options if not isinstance(name, str) or
+                     name in fixed and name not in flags and options[name] != fixed[name] or
+                     name in flags and options[name] is not None and not fits(flags[name], options[name])]
+        if wrong:
+            fail(f"{flag}: {path} has options that this script cannot have ({', '.join(map(str, wrong))}); "
+                 "it is damaged, or of an older version")
+        return options, path
+
+    def _options_to_resume(self, given):
+        folder, script = Path(given.get("output_dir", DEFAULTS["output_dir"])), Path(self.prog).stem
+        found = sorted(folder.glob(f"{glob.escape(script)}-*/checkpoint.pt"), key=os.path.getmtime)
+        if not (given["resume"] or found):
+            fail(f"--resume: there is no run of {script} in {folder}; name it, or its folder's folder with --output-dir")
+        options, path = self._read("--resume", given.pop("resume") or found[-1])
+        here = {**given, "threads": torch.get_num_threads(), "ranks": RANKS}
+        for name, value in here.items():
+            if options.get(name) != value != "auto" and name not in ("epochs", "output_dir"):
+                fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: a training "
+                     "goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
+        if given.get("epochs", options["epochs"]) < options["epochs"]:
+            fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
+        return {**options, "epochs": given.get("epochs", options["epochs"]), "run": None, "resume": str(path)}
+
+    def _options_of_run(self, given):
+        options, path = self._read("--from", given.pop("run"))
+        latent_dim = options["latent_dim"]
         if given.get("dataset") == "auto":
             del given["dataset"]
-        try:
-            options = torch.load(path, map_location="cpu", weights_only=True)["options"]
-            script, latent_dim = options["script"], options["latent_dim"]
-        except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
-            fail(f"--from: {path} is not a checkpoint of these scripts ({type(error).__name__})")
-        if script != Path(self.prog).stem:
-            fail(f"--from: {path} was trained by {script}.py; give it to that script")
-        options = {**self.defaults, **self.constants.get(options.get("variant"), {}), **options}  # may lack new flags
         allowed = {"seed", "device", *self.drawing, *["data_dir"] * ("evaluate" in given),
                    *["kernels"] * (self.kernels == "generator")}
         for name, value in given.items():
@@ -235,16 +367,13 @@ class Parser(argparse.ArgumentParser):
 # 2  Run
 # ---------------------------------------------------------------------------------------------
 
-def prepare(args, classes=0):
-    """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be.
-
-    classes: how many a conditional generator knows, 0 for one that takes no labels.
-    """
+def prepare(args):
+    """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be."""
     torch.manual_seed(args.seed)
     args.device = pick_device(args.device)
     if RANKS > 1:
         join_ranks(args)
-    with written(f"--output-dir {args.output_dir}"):
+    with written(f"--output-dir {args.output_dir}", code=2):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output_dir).close()
     name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
@@ -252,7 +381,11 @@ def prepare(args, classes=0):
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}" +
           f", {RANKS} processes" * (RANKS > 1))
     data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
-    args.dataset, args.classes = data.name, classes
+    args.dataset, args.threads, args.ranks = data.name, torch.get_num_threads(), RANKS
+    digest = zlib.crc32(data.samples.cpu().numpy())
+    if args.resume and args.digest != digest:
+        fail(f"--resume: the data in {args.data_dir} are not those that the run was trained on")
+    args.digest = digest
     if args.eval_interval and data.name in CLASSIFIED:
         data, held_out = hold_out(data)
         print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
@@ -318,8 +451,7 @@ def compare_kernels(args, formula, step):
     table = {name: getattr(args, name) for name in ("script", "variant", "dataset", "batch_size")}
     for line in compare(formula, step, args.device, free_memory(), table):
         print(line, flush=True)
-    with written(path):
-        write_whole(path, json.dumps(table, indent=1) + "\n")
+    write_whole(path, json.dumps(table, indent=1) + "\n")
     print(f"saved   {path}")
     if not all("fused" in row["seconds"] for row in table["rows"]):
         fail("a fused kernel is wrong", code=1)
@@ -362,13 +494,19 @@ class Run:
                 for _ in run.steps():           # N // batch generator steps
                     run.record(step(...))       # quantities to average over the epoch
 
-    Ctrl-C keeps a checkpoint (exit code 130); a quantity that is no longer finite ends the run (1).
+    Whatever ends it, the run can go on from its checkpoint (--resume) as if nothing had happened. There is one from
+    the start, after the steps of each epoch, before its log, pictures and scores, at the end, and at least every
+    SAVE_SECONDS. A signal ends the run after its step; a quantity or weight that is no longer finite ends it (1).
     """
 
+    SAVE_SECONDS, CHECK_STEPS = 600, 100
+    current = None  # the run in progress, for the handler of signals
+
     def __init__(self, args, data, draw_noise, plots, styles=None, **state):
-        self.args, self.data, self.plots, self.styles, self.state = args, data, plots, styles or {}, state
-        self.epoch = self.step = 0  # how many are done
-        self.history, self.scores = [], {}  # a row per epoch; the last scores of each checkpoint
+        self.args, self.data, self.draw_noise = args, data, draw_noise
+        self.plots, self.styles, self.state = plots, styles or {}, state
+        self.step, self.history, self.scores = 0, [], {}  # steps done; a row per epoch; the last scores of each checkpoint
+        self.batches, self.in_steps, self.signal, self.large, self.bar = None, False, None, {}, None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
         optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
@@ -378,36 +516,64 @@ class Run:
             torch.manual_seed(args.seed + RANK)
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
-        if RANK:
-            return
-        self.scorer = make_scorer(args) if args.eval_interval != 0 else None
+        self.scorer = make_scorer(args) if args.eval_interval != 0 and not RANK else None
         if self.scorer:
             when = f"every {args.eval_interval} epochs" if args.eval_interval else "at the end"
             print(f"scores  {when}, of {self.scorer.count} samples against {self.scorer.against}")
-        elif args.eval_interval:
+        elif args.eval_interval and not RANK:
             fail(f"--eval-interval: {NO_SCORES}")
         elif args.eval_interval is None:
             print(f"scores  none: {NO_SCORES}")
-        self.folder = self._new_folder()
-        self.samples = self.folder / "samples"
-        self.samples.mkdir()
-        self.pictures = []
-        versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "matplotlib")}
-        options = {**vars(args), "batch_size": args.batch_size * RANKS, "ranks": RANKS, "threads": torch.get_num_threads(),
-                   "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
-        write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
-        print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps", flush=True)
 
-        self.pipeline = Pipeline(state.get("average", state["generator"]), draw_noise, args)
-        points = data.samples.dim() == 2
+    @property
+    def epoch(self):
+        """How many epochs are in the log."""
+        return len(self.history)
+
+    def __enter__(self):
+        Run.current, args = self, self.args
+        self.folder = Path(args.resume).parent if args.resume else self._new_folder()
+        self.samples = self.folder / "samples"
+        self.pipeline = Pipeline(self.state.get("average", self.state["generator"]), self.draw_noise, args)
+        points = self.data.samples.dim() == 2
         self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
         self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
-        self._save_real(len(self.latents[0]))
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        self.step_saved, self.saved = self.step, time.perf_counter()
+        return self
+
+    def _begin(self):
+        args = self.args
+        if not RANK:
+            only_here(self.folder)
+            sweep(self.folder)
+            self.samples.mkdir(exist_ok=True)
+        if args.resume:
+            self._restore()
+        print(f"output  {self.folder}: {args.epochs} epochs of {self.steps_per_epoch} generator steps" +
+              f", resumed after step {self.step}" * bool(args.resume), flush=True)
+        if not RANK:
+            versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "matplotlib")}
+            options = {**self._options(), "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
+            write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
+            if not args.resume:
+                self._save_real(len(self.latents[0]))
+                self._picture()
+        if not args.resume:
+            self.save_checkpoint()
+        self.bar = tqdm(total=args.epochs * self.steps_per_epoch, initial=self.step, unit="step",
+                        disable=True if RANK else None, leave=False, dynamic_ncols=True)  # None: shown on terminals only
 
     def _new_folder(self):
         for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                folder = Path(self.args.output_dir, f"{self.args.script}-{self.args.dataset}-{number:04d}")
+            folder = Path(self.args.output_dir, f"{self.args.script}-{self.args.dataset}-{number:04d}")
+            if RANK:
+                return folder
+            with written(folder), contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
 
@@ -417,47 +583,29 @@ class Run:
             index = torch.cat([(self.data.labels == label).nonzero()[:8, 0].cpu() for label in range(self.args.classes)])
         self.pipeline.save(self.data.scaled(index.to(self.data.samples.device)).cpu(), 8, self.samples / "real.png")
 
-    def __enter__(self):
-        if not RANK:
-            self._picture()
-        self.bar = tqdm(total=self.args.epochs * self.steps_per_epoch, unit="step",
-                        disable=True if RANK else None, leave=False, dynamic_ncols=True)  # disable=None: shown on terminals only
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.bar.close()
-        if kind is KeyboardInterrupt and not RANK:
-            self.save_checkpoint()
-            self._save_log()
-            if self.history:
+    def __exit__(self, kind, error, trace):
+        self.in_steps = False
+        if self.bar is not None:
+            self.bar.close()
+        if kind and not self.step and not self.args.resume and not RANK:  # nothing was trained: nothing is left behind
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif kind and issubclass(kind, KeyboardInterrupt):
+            if not RANK and self.history:
                 self._curves()
-            print(f"interrupted after {self.epoch} epochs; checkpoint.pt and curves.png are in {self.folder}")
-            raise SystemExit(130)
+            print(f"interrupted after {self.epoch} epochs; to go on: python {self.args.script}.py "
+                  f"--resume {shlex.quote(str(self.folder))}", flush=True)
+            raise SystemExit(128 + getattr(error, "number", signal.SIGINT))
 
     def epochs(self):
-        """One endless stream of (real, labels) batches per epoch; log, checkpoints, pictures and scores in between."""
+        """One endless stream of (real, labels) batches per epoch; log, pictures and scores in between."""
         while self.epoch < self.args.epochs:
-            self.sums, self.notes, start = {}, {}, time.perf_counter()
-            yield self.data.batches(self.args.batch_size)
-            means = torch.stack([(total / count).to(self.args.device) for total, count in self.sums.values()])
-            if RANKS > 1:
-                distributed.all_reduce(means)
-            row = dict(zip(self.sums, (means / RANKS).tolist()))  # waits for the device
-            if RANK:
-                self.epoch += 1
-                continue
-            self._log(row, time.perf_counter() - start)
-            if self._due(self.args.sample_interval):
-                self.save_checkpoint()
-                self._picture()
-                self._curves()
-            if self.epoch == self.args.epochs:
-                self._final_pictures()
-            if self.scorer and self._due(self.args.eval_interval):
-                self._score()
+            if self.batches is None:  # else in mid-epoch, resumed
+                self.sums, self.seconds, self.batches = {}, 0.0, self.data.batches(self.args.batch_size)
+            self.notes, self.lap = {}, time.perf_counter()
+            yield self.batches
+            self._end_epoch()
+            self.batches = None
         self.bar.close()
-        if RANK:
-            return
         if self.scorer:
             show_scores(self.scorer, self.scores)
         print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
@@ -468,7 +616,8 @@ class Run:
 
     def steps(self):
         """Counts the generator steps of one epoch; sets the learning rates, updates the moving average."""
-        for _ in range(self.steps_per_epoch):
+        self.in_steps = True  # a signal waits for the end of the step
+        while self.step < (self.epoch + 1) * self.steps_per_epoch:
             left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
             for group, rate in self.rates:
                 group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
@@ -477,6 +626,15 @@ class Run:
             if "average" in self.state:
                 update_average(self.state["average"], self.state["generator"], self.args.ema_decay)
             self.bar.update()
+            if self.step % self.CHECK_STEPS == 0:
+                self._check()
+            wish = largest_of_ranks(2 if self.signal else time.perf_counter() - self.saved > self.SAVE_SECONDS)
+            if wish:
+                self.save_checkpoint()
+            if wish == 2:
+                raise Interrupted(self.signal or signal.SIGTERM)
+        self.save_checkpoint()
+        self.in_steps = False
 
     def record(self, quantities):
         """Add 0-d tensors by name to this epoch's means; they stay on the device until the epoch ends."""
@@ -488,21 +646,51 @@ class Run:
         """Add what JSON can hold to this epoch's line of log.jsonl; the epoch line does not show it."""
         self.notes[name] = content
 
-    def _log(self, row, seconds):
-        """The epoch is done: its line, and its row of log.jsonl."""
-        epoch, width = self.epoch + 1, len(str(self.args.epochs))
-        values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
-        line = f"epoch {epoch:{width}d}/{self.args.epochs}  {values}  {seconds:7.2f} s"
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
+    def _check(self):
+        """Ends the run if anything is no longer finite; warns once of what grows beyond all sense."""
+        means = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
+        tensors = {f"a weight of {name}": part.state_dict().values() for name, part in self.state.items()
+                   if isinstance(part, nn.Module)}
+        tensors |= {f"a moment in {name}": [value for moments in part.state.values() for value in moments.values()]
+                    for name, part in self.state.items() if isinstance(part, torch.optim.Optimizer)}
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        bad += [name for name, values in tensors.items()
+                if not all(value.isfinite().all() for value in values if isinstance(value, torch.Tensor))]
+        weights = [flag for flag in ("gp_weight", "r1_weight") if getattr(self.args, flag, 0) > 100]
+        advice = f"try a smaller --{weights[0].replace('_', '-')}" if weights else "try smaller --lr-g and --lr-d"
         if bad:
-            self._print(line)
             self.bar.close()
-            fail(f"{bad[0]} is no longer finite in epoch {epoch}; try smaller --lr-g and --lr-d "
-                 f"(output so far in {self.folder})", code=1)
-        self.history.append({"epoch": epoch, "step": self.step, "seconds": round(seconds, 3), **row, **self.notes})
-        self.epoch = epoch
-        self._print(line)  # what is shown is done: Ctrl-C finds it in the history
+            fail(f"{bad[0]} is no longer finite in step {self.step} of epoch {self.epoch + 1}; {advice} "
+                 f"(the last good checkpoint, of step {self.step_saved}, is in {self.folder})", code=1)
+        for name, value in means.items():
+            if 1e6 < self.large.get(name, 0) < abs(value):
+                self._print(f"warning {name} is {value:.3g} and growing in step {self.step}; {advice}")
+                self.large[name] = math.inf  # once
+            self.large[name] = max(abs(value), self.large.get(name, 0))
+
+    def _end_epoch(self):
+        """The steps of an epoch are done: its line, its row of the log, its pictures and scores."""
+        self.seconds += time.perf_counter() - self.lap
+        means = torch.stack([(total / count).to(self.args.device) for total, count in self.sums.values()])
+        if RANKS > 1:
+            distributed.all_reduce(means)
+        row = dict(zip(self.sums, (means / RANKS).tolist()))
+        self.history.append({"epoch": self.epoch + 1, "step": self.step, "seconds": round(self.seconds, 3), **row, **self.notes})
+        if RANK:
+            return
+        values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
+        self._print(f"epoch {self.epoch:{len(str(self.args.epochs))}d}/{self.args.epochs}  {values}  {self.seconds:7.2f} s")
         self._save_log()
+        if self._due(self.args.sample_interval):
+            self._picture()
+            self._curves()
+        last = self.epoch == self.args.epochs
+        if last:
+            self._final_pictures()
+        if self.scorer and self._due(self.args.eval_interval):
+            self._score()
+        if last:
+            self.save_checkpoint()
 
     def _save_log(self):
         write_whole(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
@@ -518,7 +706,7 @@ class Run:
         best = self.scores.get("best.pt", {"FD_held_out": math.inf})
         if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
             self.scores["best.pt"] = scores
-            self.save_checkpoint("best.pt")
+            write_whole(self.folder / "best.pt", packed(self._content()))
         save_scores(self.scorer, self.args.seed, self.scores, self.folder / "metrics.json")
         self._curves()
 
@@ -536,8 +724,7 @@ class Run:
         save_curves(self.history, plots, self.folder / "curves.png")
 
     def _picture(self):
-        self.pictures.append(self.samples / f"epoch_{self.epoch:04d}.png")
-        self.pipeline.generate(*self.latents, self.pictures[-1])
+        self.pipeline.generate(*self.latents, self.samples / f"epoch_{self.epoch:04d}.png")
 
     def _final_pictures(self):
         self.pipeline.generate(*self.final_latents, self.samples / "final.png")
@@ -546,43 +733,146 @@ class Run:
         self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
         for name, draw in self.styles.items():
             draw(self.pipeline, path=self.samples / f"{name}.png")
-        save_film(self.pictures, self.samples / "progress.gif")
+        save_film(sorted(self.samples.glob("epoch_*.png")), self.samples / "progress.gif")
 
-    def save_checkpoint(self, name="checkpoint.pt"):
-        """Write a checkpoint whole or not at all: options, position and all states."""
-        content = {"options": vars(self.args), "epoch": self.epoch, "step": self.step,
-                   **{name: part.state_dict() for name, part in self.state.items()}}
-        write_whole(self.folder / name, functools.partial(torch.save, content))
+    def _options(self):
+        return {**vars(self.args), "batch_size": self.args.batch_size * RANKS}
+
+    def _content(self):
+        """What best.pt holds, and a checkpoint besides its place in the training."""
+        return {"options": self._options(), "epoch": self.step // self.steps_per_epoch, "step": self.step,
+                **{name: part.state_dict() for name, part in self.state.items()}}
+
+    def save_checkpoint(self):
+        """Write checkpoint.pt: options, all states, and the place in the training, which --resume goes on from."""
+        if self.step:
+            self._check()
+        now = time.perf_counter()
+        place = {"random": torch.get_rng_state(), "sums": {}, "seconds": 0.0, "order": None}
+        if self.args.device == "cuda":
+            place["random_cuda"] = torch.cuda.get_rng_state()
+        if self.batches is not None:
+            self.seconds += now - self.lap
+            place |= {"sums": self.sums, "seconds": self.seconds, "order": self.batches.order, "position": self.batches.position}
+        places = [place]
+        if RANKS > 1:
+            places = [None] * RANKS if not RANK else None
+            distributed.gather_object(place, places)
+        if not RANK:
+            content = {**self._content(), "places": places, "history": self.history, "scores": self.scores}
+            write_whole(self.folder / "checkpoint.pt", packed(content))
+        self.step_saved, self.saved = self.step, time.perf_counter()
+        self.lap = self.saved
+
+    def _restore(self):
+        """Go on from the checkpoint: every state as it was when it was written."""
+        try:
+            content = load_checkpoint(self.args.resume)
+            for name, part in self.state.items():
+                part.load_state_dict(content[name])
+            self.step, self.history, self.scores = content["step"], content["history"], content["scores"]
+            place = content["places"][RANK]
+            torch.set_rng_state(place["random"])
+            if "random_cuda" in place:
+                torch.cuda.set_rng_state(place["random_cuda"])
+            if place["order"] is not None and self.step > self.epoch * self.steps_per_epoch:
+                device = self.args.device
+                self.sums = {name: (total.to(device), count) for name, (total, count) in place["sums"].items()}
+                self.seconds, self.batches = place["seconds"], self.data.batches(self.args.batch_size)
+                self.batches.order, self.batches.position = place["order"].to(device), place["position"]
+        except Exception as error:  # noqa: BLE001  whatever a damaged file raises
+            fail(f"--resume: {self.args.resume} is damaged, or of an older version ({type(error).__name__})")
+        if self.epoch >= self.args.epochs:
+            fail(f"--resume: the run is complete after {self.epoch} epochs; a larger --epochs trains on")
+        for path in self.samples.glob("epoch_*.png"):  # of an epoch that the checkpoint does not know yet
+            if int(path.stem.partition("_")[2]) > self.epoch:
+                path.unlink()
+        if not RANK:
+            self._save_log()
+
+
+def largest_of_ranks(wish):
+    """The largest of all ranks' numbers, so that they save and stop together."""
+    if RANKS == 1:
+        return wish
+    wish = torch.tensor(float(wish), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(wish, distributed.ReduceOp.MAX)
+    return wish.item()
+
+
+def only_here(folder):
+    """Hold the folder for as long as this process lives; exits with code 2 where another one trains in it."""
+    with contextlib.suppress(ImportError):
+        import fcntl  # not on Windows
+
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is training in {folder}")
+
+
+def sweep(folder):
+    """Remove what killed processes left half-written in a run's folder."""
+    for path in folder.rglob("*.tmp"):
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                os.kill(int(path.suffixes[-2][1:]), 0)
+            except ProcessLookupError:
+                path.unlink()
+
+
+def packed(content):
+    """What torch.save would write, as bytes: a full disk is then an OSError of ours."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def load_checkpoint(path):
+    """What torch.save wrote, on the CPU; raises whatever a damaged file leads to, a single flipped bit included."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():  # the checksums, at which torch.load does not look
+            raise zipfile.BadZipFile
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_whole(path, content):
-    """Write a file whole or not at all; content: its text, or a function that writes it to the path it is given."""
+    """Write a file, text or bytes, whole or not at all; exits with code 1 where that fails."""
+    with written(path):
+        replace_file(path, content)
+
+
+def replace_file(path, content):
+    """Written aside, flushed to the disk, renamed: whenever the power fails, `path` is the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(content) if isinstance(content, str) else content(temporary)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name != "nt":  # the rename, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def stop_quietly(kind, error, traceback):
-    """An excepthook: Ctrl-C before a training has begun is no fault to trace back."""
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def sample_run(generator, draw_noise, args, styles=None):
+def sample_run(make_generator, shape, draw_noise, args, styles=None):
     """--from: load the run's generator, score it, write the pictures that were asked for into its samples/.
 
-    styles: what --styles draws, {name: function of the pipeline and a path}.
+    make_generator(*shape): the run's generator. styles: what --styles draws, {name: function of the pipeline and a path}.
     """
     args.device = pick_device(args.device)
     run = Path(args.run)
-    load_generator(generator, run)
+    with torch.device("meta"):  # takes no memory: the weights come with the checkpoint
+        generator = make_generator(*shape)
+    load_generator(generator, run, args.device)
     choose_kernels(args)
-    pipeline = Pipeline(generator.to(args.device), draw_noise, args)
+    sweep(run.parent)
+    pipeline = Pipeline(generator, draw_noise, args)
     wishes = {}
     if args.generate:
         wishes[f"generated-{args.generate}"] = functools.partial(
@@ -597,23 +887,27 @@ def sample_run(generator, draw_noise, args, styles=None):
     for name, draw in wishes.items():
         label = "" if args.label is None else f"-class{args.label}"
         path = run.parent / "samples" / f"{name}{label}-seed{args.seed}.png"
-        with written(path):
+        with written(path, code=2):
             path.parent.mkdir(exist_ok=True)
-            draw(path=path)
+        draw(path=path)
         print(path)
     if args.evaluate:
         evaluate_run(pipeline, run)
 
 
-def load_generator(generator, path):
+def load_generator(generator, path, device):
     """Give the generator the state in a checkpoint, of its moving average if there is one; return the epoch."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(path)
+        state, expected = checkpoint.get("average", checkpoint["generator"]), generator.state_dict()
+        if any(value.dtype != expected[name].dtype or not value.isfinite().all() for name, value in state.items()):
+            raise ValueError
         # assign: the memory layout, too, so that the pictures are the training's to the bit
-        generator.load_state_dict(checkpoint.get("average", checkpoint["generator"]), assign=True)
-        return checkpoint["epoch"]
+        generator.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
+        return int(checkpoint["epoch"])
     except Exception:  # noqa: BLE001  whatever a damaged file raises
-        fail(f"--from: the generator in {path} does not fit its own options; the file is damaged, or of an older version")
+        fail(f"--from: the generator in {path} does not fit its own options, or has weights that are no finite numbers; "
+             "the file is damaged, or of an older version")
 
 
 def evaluate_run(pipeline, path):
@@ -621,15 +915,14 @@ def evaluate_run(pipeline, path):
     whole = path.name == "checkpoint.pt"
     files = [path] + [path.with_name("best.pt")] * (whole and path.with_name("best.pt").exists())
     for file in files:  # a damaged one is refused before the work begins
-        load_generator(pipeline.generator, file)
+        load_generator(pipeline.generator, file, pipeline.device)
     scorer = make_scorer(pipeline.args)
     if not scorer:
         fail(f"--evaluate: {NO_SCORES}")
-    scores = {file.name: {"epoch": load_generator(pipeline.generator, file), **scorer(pipeline)} for file in files}
+    scores = {file.name: {"epoch": load_generator(pipeline.generator, file, pipeline.device), **scorer(pipeline)} for file in files}
     show_scores(scorer, scores)
     target = path.with_name("metrics.json" if whole else f"metrics-{path.stem}.json")
-    with written(target):
-        save_scores(scorer, pipeline.args.seed, scores, target)
+    save_scores(scorer, pipeline.args.seed, scores, target)
     print(target)
 
 
@@ -723,10 +1016,25 @@ class Data(NamedTuple):
 
     def batches(self, batch_size):
         """Endless (samples, labels) batches; shuffled anew when fewer than a batch are left."""
-        while True:
-            order = torch.randperm(len(self.samples), device=self.samples.device)
-            for index in order[:len(order) // batch_size * batch_size].split(batch_size):
-                yield self.scaled(index), self.labels[index]
+        return Batches(self, batch_size)
+
+
+class Batches:
+    """An iterator whose place, `order` and `position`, a checkpoint can hold."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+        self.order, self.position = torch.empty(0, dtype=torch.long, device=data.samples.device), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.position + self.size > len(self.order):
+            self.order, self.position = torch.randperm(len(self.data.samples), device=self.order.device), 0
+        index = self.order[self.position:self.position + self.size]
+        self.position += self.size
+        return self.data.scaled(index), self.data.labels[index]
 
 
 def load_data(name, data_dir, split="train", device="cpu", image_size=28, channels=1):
@@ -1075,8 +1383,8 @@ def load_classifier(data):
     network = train_classifier(data.samples, data.labels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, functools.partial(torch.save, network.state_dict()))
-    except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
+        replace_file(path, packed(network.state_dict()))
+    except OSError as error:
         tqdm.write(f"scores  the classifier cannot be kept in {folder}: {error}")
     return network
 
@@ -1250,7 +1558,9 @@ def save_picture(samples, columns, path, paths=False, reach=1.5):
 
     if samples.dim() == 4:
         enlarged = F.interpolate(samples, scale_factor=max(1, 64 // samples.size(3)))
-        return save_image(enlarged, path, nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
+        content = io.BytesIO()
+        save_image(enlarged, content, format="png", nrow=columns, padding=4, normalize=True, value_range=(-1, 1))
+        return write_whole(path, content.getvalue())
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     if paths:
@@ -1258,7 +1568,7 @@ def save_picture(samples, columns, path, paths=False, reach=1.5):
             axes.plot(*path_points.T.numpy(), ".-")
     else:
         axes.scatter(*samples.T.numpy(), s=3, alpha=0.5)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def save_panels(panels, path):
@@ -1275,7 +1585,7 @@ def save_panels(panels, path):
         axes.imshow(grid.permute(1, 2, 0).numpy())
         axes.set_title(title)
         axes.axis("off")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def save_curves(history, plots, path):
@@ -1296,11 +1606,18 @@ def save_curves(history, plots, path):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write_whole(path, content.getvalue())
 
 
 def save_film(pictures, path):
     """A looping GIF of PNG files, the last one shown longer."""
-    frames = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+    frames, content = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures], io.BytesIO()
+    frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[250] * (len(frames) - 1) + [2000])
+    write_whole(path, content.getvalue())

@@ -146,7 +146,7 @@ def test_checkpoint(finished):
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     names = ["critic", "optimizer_c"] if script in ("03_wgan_gp", "04_cgan") else ["discriminator", "optimizer_d"]
     average = ["average"] * (script == "06_stylegan_blocks")
-    assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", *names, *average}
+    assert set(checkpoint) == {"options", "epoch", "step", "generator", "optimizer_g", "history", "scores", "places", *names, *average}
     assert (checkpoint["epoch"], checkpoint["step"]) == (2, 6)
     rate, betas = (1e-4, (0.0, 0.9)) if script in ("03_wgan_gp", "04_cgan") else (2e-4, (0.5, 0.999))
     for name in ("optimizer_g", names[1]):
@@ -212,12 +212,12 @@ def test_means_steps_and_seconds_of_an_epoch(tmp_path, monkeypatch):
 
     for name in ("save_picture", "save_curves"):
         monkeypatch.setattr(common, name, slowly(getattr(common, name)))
-    monkeypatch.setattr(common.Run, "save_checkpoint", slowly(common.Run.save_checkpoint))
+    monkeypatch.setattr(common, "replace_file", slowly(common.replace_file))
     data = common.Data("test", torch.zeros(10, 2), torch.zeros(10))
     for limit, steps in [(None, 2), (5, 2), (1, 1)]:
         args = Namespace(script="00_test", dataset="test", batch_size=4, max_batches=limit, output_dir=str(tmp_path), epochs=2,
                          noise="normal", seed=0, classes=0, latent_dim=2, sample_interval=1,
-                         eval_interval=0, ema_decay=0, lr_decay=0)
+                         eval_interval=0, ema_decay=0, lr_decay=0, device="cpu", resume=None)
         with common.Run(args, data, load_script("03_wgan_gp").generate_noise, [("once", ["once"], {})],
                         generator=torch.nn.Linear(2, 2)) as run:
             for batches in run.epochs():
@@ -277,18 +277,23 @@ def test_memory_stays_flat(script, flags, tmp_path, monkeypatch):
 
 
 def test_intervals(train, tmp_path, monkeypatch):
+    """Pictures as often as asked; checkpoints at the start, after each epoch's steps, at the end, and when time is up."""
     saved = []
     save = common.Run.save_checkpoint
-    monkeypatch.setattr(common.Run, "save_checkpoint", lambda run: (saved.append(run.epoch), save(run)))
+    monkeypatch.setattr(common.Run, "save_checkpoint", lambda run: (saved.append((run.epoch, run.step)), save(run)))
     train("03_wgan_gp", "--epochs", 5, "--sample-interval", 2)
     samples = max(tmp_path.iterdir()) / "samples"
     assert sorted(path.name for path in samples.glob("epoch*")) == [f"epoch_000{epoch}.png" for epoch in (0, 2, 4, 5)]
-    assert saved == [2, 4, 5]
+    assert saved == [(0, 0), (0, 3), (1, 6), (2, 9), (3, 12), (4, 15), (5, 15)]
+    saved.clear()
+    monkeypatch.setattr(common.Run, "SAVE_SECONDS", 0)
+    train("03_wgan_gp", "--epochs", 1)
+    assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 3), (1, 3)]
 
 
 def test_sampling_leaves_the_training_state_untouched():
     module = load_script("04_cgan")
-    args = Namespace(**module.CONSTANTS["cgan"], classes=10, seed=0, dataset="digits")
+    args = Namespace(**module.CONSTANTS["cgan"], seed=0, dataset="digits")
     generator = module.Generator()
     state, random = snapshot(generator.state_dict().items()), torch.get_rng_state()
     pipeline = common.Pipeline(generator, module.generate_noise, args)
@@ -306,7 +311,7 @@ def test_sampling_leaves_the_training_state_untouched():
 def test_latents_are_not_made_of_the_numbers_of_the_weights(script):
     """A z that equals a row of the first layer is no sample of the prior: 06 drew broken digits from such z."""
     module = load_script(script)
-    args = Namespace(**next(iter(module.CONSTANTS.values())), classes=0, seed=0, dataset="digits")
+    args = Namespace(**{"classes": 0, **next(iter(module.CONSTANTS.values()))}, seed=0, dataset="digits")
     torch.manual_seed(0)
     shape = (32, 1, 64) if script == "06_stylegan_blocks" else ()
     generator = module.Generator(args.latent_dim, *shape)
@@ -370,7 +375,7 @@ def test_from_draws_the_class_that_was_asked_for(tmp_path, monkeypatch, label):
     torch.save({"generator": Labelled().state_dict(), "epoch": 1}, tmp_path / "checkpoint.pt")
     args = Namespace(run=str(tmp_path / "checkpoint.pt"), device="cpu", generate=30, interpolate=True, explore=2, label=label, styles=None,
                      evaluate=None, dataset="digits", latent_dim=6, classes=10, seed=3)
-    common.sample_run(Labelled(), load_script("04_cgan").generate_noise, args)
+    common.sample_run(Labelled, (), load_script("04_cgan").generate_noise, args)
     assert len(drawn) == 3
     for samples in drawn:
         shown = (samples[:, 0, 0, 0] * 10).view(-1, 3 if len(samples) == 30 else 10)
@@ -406,8 +411,9 @@ def test_ctrl_c_keeps_a_checkpoint(tmp_path):
             break
     output, errors = process.communicate(timeout=60)
     folder = tmp_path / "03_wgan_gp-gaussians-0001"
-    assert process.returncode == 130 and "interrupted after" in output and errors == ""
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == len(read_log(folder)) >= 3
+    assert process.returncode == 130 and errors == ""
+    assert re.search(rf"interrupted after \d+ epochs; to go on: python 03_wgan_gp.py --resume {folder}\n$", output)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] - len(read_log(folder)) in (0, 1)
     assert (folder / "curves.png").exists()
     assert not list(folder.glob("*.tmp"))
 
@@ -417,7 +423,7 @@ def test_divergence_stops_the_run(tmp_path, capsys):
         load_script("03_wgan_gp").main(["--dataset", "gaussians", "--gp-weight", "1e39", "--max-batches", "3", "--output-dir", str(tmp_path)])
     assert stop.value.code == 1
     line, = capsys.readouterr().err.splitlines()
-    assert "is no longer finite in epoch 1; try smaller --lr-g and --lr-d" in line
+    assert "is no longer finite in step 3 of epoch 1; try a smaller --gp-weight (the last good checkpoint, of step 0, is in" in line
     assert not (tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl").exists(), "NaN is no JSON"
 
 
