@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import glob
 import hashlib
 import http.client
 import importlib.metadata
@@ -325,7 +324,7 @@ class Parser(argparse.ArgumentParser):
 
     def _options_to_resume(self, given):
         folder, script = Path(given.get("output_dir", DEFAULTS["output_dir"])), Path(self.prog).stem
-        found = sorted(folder.glob(f"{glob.escape(script)}-*/checkpoint.pt"), key=os.path.getmtime)
+        found = sorted(folder.glob(f"{script}-*/checkpoint.pt"), key=os.path.getmtime)
         if not (given["resume"] or found):
             fail(f"--resume: there is no run of {script} in {folder}; name it, or its folder's folder with --output-dir")
         options, path = self._read("--resume", given.pop("resume") or found[-1])
