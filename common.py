@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gzip
 import hashlib
 import http.client
 import importlib.metadata
@@ -1039,14 +1040,20 @@ class Batches:
 def load_data(name, data_dir, split="train", device="cpu", image_size=28, channels=1):
     """The data set `name` (see --dataset), its "train" or "test" split, as Data on `device`.
 
-    Exits with code 2 when a data set named explicitly is neither present nor downloadable, when a file of it is
-    damaged, and when it does not fit into memory. Only "auto" may end up with other data, and says so.
+    Exits with code 2 when a data set named explicitly is neither present nor downloadable, when its folder or a file
+    of it cannot be read, and when it does not fit into memory. Only "auto" may end up with other data, and says so.
     """
     if name in ("auto", "mnist", "fashion-mnist"):
         from torchvision import datasets
         kind = datasets.FashionMNIST if name == "fashion-mnist" else datasets.MNIST
         folder = Path(data_dir, kind.__name__, "raw")
-        trouble = None if any(folder.glob("*-ubyte*")) else download(kind, Path(data_dir))
+        try:
+            files = os.listdir(folder)
+        except FileNotFoundError:
+            files = []
+        except OSError as error:
+            fail(f"--data-dir: {folder} cannot be read ({error.strerror}); name another folder")
+        trouble = None if any("-ubyte" in file for file in files) else download(kind, Path(data_dir))
         advice = f"put its four files (raw or .gz, from {kind.mirrors[0]}) into {folder}"
         if not trouble:
             samples, labels = read_mnist(folder, {"train": "train", "test": "t10k"}[split])
@@ -1061,7 +1068,7 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
     if name in MIXTURES:
         samples, labels = draw_mixture(name, split)
     elif name == "folder":
-        samples, labels = read_folder(Path(data_dir), image_size, channels, device)
+        samples, labels = read_folder(data_dir, image_size, channels, device)
     elif (image_size, channels) != (28, 1):
         samples = enlarge(samples, image_size, channels, device)
     return Data(name, samples.to(device), labels.to(device))
@@ -1100,21 +1107,31 @@ def download(kind, data_dir):
         socket.setdefaulttimeout(None)
 
 
+def regular(path):
+    """`path`; an OSError if it is a pipe or a device, from which reading may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+    return path
+
+
 def read_mnist(folder, prefix):
     """Images uint8 [N, 1, 28, 28] and labels int64 [N] from the two IDX files of one split, raw or .gz."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
-    from torchvision.datasets.utils import extract_archive
 
     found = []
-    for name, read in [("images-idx3", read_image_file), ("labels-idx1", read_label_file)]:
+    for name, read, size in [("images-idx3", read_image_file, 28 * 28), ("labels-idx1", read_label_file, 1)]:
         path = folder / f"{prefix}-{name}-ubyte"
-        if not path.exists():
+        if not os.path.exists(path):
             path = path.with_name(f"{path.name}.gz")
         try:
+            with (gzip.open if path.suffix == ".gz" else open)(regular(path), "rb") as file:
+                content = file.read(60_000 * size + 17)  # a byte more than MNIST: a small .gz may hold any number
             with tempfile.TemporaryDirectory() as unpacked:
-                found.append(read(extract_archive(path, unpacked) if path.suffix == ".gz" else path))
-        except Exception as error:  # noqa: BLE001  whatever torchvision raises on a damaged file
-            fail(f"{path} is missing, damaged or misnamed ({type(error).__name__}: {error}); fetch it again")
+                plain = Path(unpacked, path.stem)
+                plain.write_bytes(content)
+                found.append(read(plain))
+        except Exception as error:  # noqa: BLE001  whatever gzip and torchvision raise on a damaged file
+            fail(f"{path} is missing, damaged or misnamed ({type(error).__name__}: {error}); mend it or fetch it again")
     images, labels = found
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
         fail(f"{folder}: its {prefix} files hold images {list(images.shape)} and labels {list(labels.shape)} "
@@ -1214,20 +1231,26 @@ def read_folder(folder, image_size, channels, device):
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    errors = []  # of folders that cannot be listed
+    paths = sorted(Path(parent, name) for parent, _, names in os.walk(folder, onerror=errors.append)
+                   for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    unreadable = [error.filename for error in errors]
     if not paths:
-        fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in {folder}; name your folder with --data-dir")
+        reason = f" ({errors[0].strerror})" if errors else ""
+        fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in '{folder}'{reason}; "
+             "name your folder with --data-dir")
     check_memory(len(paths), image_size, channels, device)
-    images, kept, unreadable = np.empty((len(paths), channels, image_size, image_size), np.uint8), 0, []
+    images, kept = np.empty((len(paths), channels, image_size, image_size), np.uint8), 0
     for path in tqdm(paths, desc="reading", unit="image", disable=None, leave=False, dynamic_ncols=True):
         try:
-            with Image.open(path) as image:
+            with Image.open(regular(path)) as image:
                 images[kept] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
             kept += 1
         except Exception:  # noqa: BLE001  whatever Pillow raises on a damaged file
-            unreadable.append(str(path.relative_to(folder)))
+            unreadable.append(path)
     if unreadable:
-        print(f"data    {len(unreadable)} unreadable files left out: {', '.join(unreadable)}")
+        names = ", ".join(os.path.relpath(path, folder) for path in unreadable)
+        print(f"data    {len(unreadable)} unreadable files left out: {names}")
     if not kept:
         fail(f"--dataset folder: none of the {len(paths)} images in {folder} can be read")
     return torch.from_numpy(images[:kept]), torch.zeros(kept, dtype=torch.long)

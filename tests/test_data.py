@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import http.server
+import os
 import socket
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -98,6 +100,51 @@ def test_bad_gzip_is_named(raw, tmp_path, capsys, damage, message):
     (raw / IMAGES).unlink()
     (raw / f"{IMAGES}.gz").write_bytes(damage(gzip.compress(contents()[IMAGES])))
     expect_failure(capsys, message, lambda: common.load_data("mnist", tmp_path))
+
+
+@pytest.mark.parametrize("name", [IMAGES, f"{LABELS}.gz"])
+@pytest.mark.parametrize("replace, message", [
+    (os.mkfifo, "not a regular file"),
+    (os.mkdir, "not a regular file"),
+    (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    (lambda path: path.symlink_to("/proc/self/mem"), "Input/output error")])  # to read it is an error even for root
+def test_only_regular_files_are_read(raw, tmp_path, capsys, name, replace, message):
+    (raw / name.removesuffix(".gz")).unlink()
+    replace(raw / name)
+    assert f"{raw / name} is missing" in expect_failure(capsys, message, lambda: common.load_data("auto", tmp_path))
+
+
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_a_small_gz_that_unpacks_to_12_gigabytes(raw, tmp_path, capsys, name):
+    """Refused at once: no more is unpacked than MNIST has."""
+    zeros = gzip.compress(bytes(2**24))
+    (raw / f"{name}.gz").write_bytes(gzip.compress(contents()[name]) + zeros * 800)
+    (raw / name).unlink()
+    start = time.monotonic()
+    expect_failure(capsys, f"{name}.gz is missing, damaged", lambda: common.load_data("mnist", tmp_path))
+    assert time.monotonic() - start < 2
+
+
+def unlistable(folder):
+    """Links in a circle, which even root cannot list."""
+    folder.symlink_to(folder)
+    return folder
+
+
+BAD_FOLDERS = {  # a folder for --data-dir -> why it cannot be used
+    "a file": (lambda path: path.touch() or path, "Not a directory"),
+    "not to be listed": (unlistable, "Too many levels of symbolic links"),
+    "too long": (lambda path: path.with_name("x" * 300), "File name too long"),
+}
+
+
+@pytest.mark.parametrize("dataset", ["auto", "mnist", "folder"])
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_are_named(tmp_path, capsys, dataset, case):
+    make, message = BAD_FOLDERS[case]
+    folder = make(tmp_path / "data")
+    line = expect_failure(capsys, f"({message}); name ", lambda: common.load_data(dataset, folder))
+    assert str(folder) in line and "--data-dir" in line
 
 
 def expect_failure(capsys, message, action):

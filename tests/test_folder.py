@@ -1,6 +1,7 @@
 """Larger and own images: --dataset folder, --image-size, --channels."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -100,6 +101,33 @@ def test_unreadable_files_are_named_once_and_left_out(tmp_path, capsys):
     assert len(data.labels) == 2
 
 
+def test_only_regular_files_are_read(tmp_path, capsys):
+    """A pipe or a device might be read without end; a link to a file is as good as the file."""
+    paint(tmp_path / "elsewhere", format="PNG")
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "d.png").symlink_to("nowhere")
+    (tmp_path / "e.png").mkdir()
+    assert len(load(tmp_path).samples) == 1
+    line, = capsys.readouterr().out.splitlines()
+    assert line == "data    3 unreadable files left out: a.png, c.png, d.png"
+
+
+def test_folders_that_cannot_be_listed_are_named_too(tmp_path, capsys, monkeypatch):
+    paint(tmp_path / "a" / "1.png"), paint(tmp_path / "b" / "2.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root could list any
+    assert len(load(tmp_path).samples) == 1
+    assert capsys.readouterr().out == "data    1 unreadable files left out: a\n"
+
+
 def test_refusals(tmp_path, capsys, monkeypatch):
     def refused(folder, message):
         with pytest.raises(SystemExit) as stop:
@@ -108,7 +136,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
     refused(tmp_path, "no image (.jpg .jpeg .png")
-    refused(tmp_path / "missing", "name your folder with --data-dir")
+    refused(tmp_path / "missing", "missing' (No such file or directory); name your folder with --data-dir")
+    refused("", "in '' (No such file or directory)")       # not the current folder
     (tmp_path / "bad.png").write_bytes(b"x")
     refused(tmp_path, "none of the 1 images in")
     paint(tmp_path / "good.png")
