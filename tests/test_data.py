@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import random
 import socket
 import struct
 import threading
@@ -145,6 +146,56 @@ def test_bad_folders_are_named(tmp_path, capsys, dataset, case):
     folder = make(tmp_path / "data")
     line = expect_failure(capsys, f"({message}); name ", lambda: common.load_data(dataset, folder))
     assert str(folder) in line and "--data-dir" in line
+
+
+def mutant(rng, content, dimensions):
+    """An IDX file of that many dimensions, raw or packed, with a random fault."""
+    content = bytearray(content)
+    fault, packed = rng.choice(["bytes", "cut", "longer", "header", "size"]), rng.choice([None, "before", "after"])
+    if packed == "after":  # the fault is in the .gz
+        content = bytearray(gzip.compress(content, 1))
+    if fault == "bytes":
+        for _ in range(rng.choice([1, 10, 100])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    elif fault == "cut":
+        del content[rng.choice([rng.randrange(len(content)), rng.randrange(20)]):]
+    elif fault == "longer":
+        content += rng.choice([bytes(rng.randrange(1, 2000)), rng.randbytes(784), bytes(content), content * 9])
+    elif fault == "header":
+        content[rng.randrange(4 + 4 * dimensions)] = rng.choice([0, 1, 8, 13, 127, 255, rng.randrange(256)])
+    else:
+        sizes = rng.choices([0, 1, 10, 28, 300, 784, 60_000, 2**31, 2**32 - 1], k=rng.randrange(1, 5))
+        content[:4 + 4 * dimensions] = struct.pack(f">{1 + len(sizes)}I", 0x800 + len(sizes), *sizes)
+    return gzip.compress(content, 1) if packed == "before" else bytes(content), bool(packed)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_files_are_refused_or_sound(tmp_path, capsys, count):
+    """Each gives one line or a data set that can be trained on, within a second."""
+    folder, rng, refused = tmp_path / "MNIST" / "raw", random.Random(count), 0
+    folder.mkdir(parents=True)
+    good = {IMAGES: idx(np.tile(np.arange(28, dtype=np.uint8), (300, 28, 1))),
+            LABELS: idx(np.arange(300, dtype=np.uint8) % 10)}
+    for _ in range(count):
+        name = rng.choice([IMAGES, LABELS])
+        content, packed = mutant(rng, good[name], FILES[name])
+        (folder / IMAGES).write_bytes(good[IMAGES])
+        (folder / LABELS).write_bytes(good[LABELS])
+        (folder / name).unlink()
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(content)
+        start = time.monotonic()
+        try:
+            images, labels = common.load_data("mnist", tmp_path)[1:]
+        except SystemExit as stop:
+            assert stop.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+            refused += 1
+        else:
+            assert images.dtype == torch.uint8 and images.shape[1:] == (1, 28, 28) and len(images) == len(labels) > 0
+            assert labels.dtype == torch.int64 and 0 <= labels.min() and labels.max() <= 9
+        assert time.monotonic() - start < 1
+        path.unlink()
+    assert 0.5 * count < refused < count
 
 
 def expect_failure(capsys, message, action):
