@@ -41,10 +41,10 @@ def load(device):
         return
     try:
         settings = tools(device)
-        with only_one(cache_folder() / f"{name}.lock"):
+        with only_one(name) as folder:
             if not loaded(name):  # another process may have been faster
                 print(f"kernels compiling csrc/ for {device}, once", flush=True)
-                compile_and_load(device, settings, name)
+                compile_and_load(device, settings, name, folder)
     except (OSError, subprocess.SubprocessError) as error:  # no temporary folder, an nvcc that cannot be run
         raise Unavailable(str(error)) from error
 
@@ -59,13 +59,24 @@ def cache_folder():
 
 
 def loaded(name):
-    """Load a kept library; False if there is none, or one that is damaged: half a library would crash Python."""
+    """Load a kept library; False if there is none. A damaged one is removed: half a library would crash Python."""
     for path in cache_folder().glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, RuntimeError):
             if path.stem == f"{name}-{digest(path.read_bytes())}":
                 torch.ops.load_library(path)
+                with contextlib.suppress(OSError):  # a cache of someone else's
+                    os.utime(path)  # see remove_unused
                 return True
+            path.unlink()
     return False
+
+
+def remove_unused():
+    """Remove what was compiled of other sources or for another torch, unless it was used in the last 30 days."""
+    for path in cache_folder().glob("gan_*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - 30 * 24 * 60 * 60:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()  # a process that has it loaded keeps it
 
 
 def digest(content):
@@ -136,18 +147,19 @@ def toolkit():
 
 
 @contextlib.contextmanager
-def only_one(path):
-    """Holds a lock on the file `path`, which the system releases when this process ends in whatever way.
+def only_one(name):
+    """A fresh folder for the one process that compiles the library `name`: in the cache folder, which it locks.
 
-    Goes on without it where no lock can be had: in a folder that cannot be written, or after WAIT seconds.
+    The system releases the lock when a process ends in whatever way. What a killed one leaves, the next one removes.
+    Where the cache folder is full or cannot be written, or after WAIT seconds, it is a temporary folder.
     """
     import fcntl  # not on Windows
 
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file, end = stack.enter_context(open(path, "w")), None
-            while end is None or time.monotonic() < end:
+        try:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            file, end = stack.enter_context(open(cache_folder() / f"{name}.lock", "w")), None
+            while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -155,29 +167,37 @@ def only_one(path):
                     if end is None:
                         print("kernels waiting for another process that compiles them", flush=True)
                         end = time.monotonic() + WAIT
+                    elif time.monotonic() > end:
+                        raise
                     time.sleep(0.1)
-        yield
+            for left in cache_folder().glob(f"{name}.*.build"):
+                shutil.rmtree(left, ignore_errors=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(".build", f"{name}.", cache_folder()))
+            Path(folder, "room").write_bytes(bytes(2**22))  # what compiling takes, and more
+        except OSError:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gan-kernels-"))
+        yield Path(folder)
 
 
-def compile_and_load(device, settings, name):
+def compile_and_load(device, settings, name, folder):
     """Compile in a fresh folder, where no lock of torch can be stale, load the library and keep it."""
     from torch.utils import cpp_extension  # slow to import
 
-    with tempfile.TemporaryDirectory(prefix="gan-kernels-") as folder:
-        try:
-            with environment(settings, cpp_extension):
-                cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]],
-                                   build_directory=folder, with_cuda=device == "cuda", is_python_module=False,
-                                   **flags(device))
-            content = next(Path(folder).glob("*.so")).read_bytes()
-        except Exception as error:  # whatever a compiler, ninja or the loader leads to
-            raise Unavailable(f"the build failed; {keep_log(name, error)}") from error
+    try:
+        with environment(settings, cpp_extension):
+            cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]],
+                               build_directory=str(folder), with_cuda=device == "cuda", is_python_module=False,
+                               **flags(device))
+        content = next(folder.glob("*.so")).read_bytes()
+    except Exception as error:  # whatever a compiler, ninja or the loader leads to
+        raise Unavailable(f"the build failed; {keep_log(name, error)}") from error
     path = cache_folder() / f"{name}-{digest(content)}.so"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
+        remove_unused()
     except OSError as error:
         print(f"kernels cannot be kept in {path.parent} ({error.strerror}): the next run compiles them again")
     finally:

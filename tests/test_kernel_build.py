@@ -88,8 +88,11 @@ def test_a_killed_build_hinders_nobody(tmp_path, quick):
         os.killpg(process.pid, signal_number)
         process.communicate()
         assert libraries(tmp_path) == []
+    assert list(tmp_path.glob("gan-scripts/*.build"))
     output = finish(start(tmp_path, CXX=quick))
     assert output[:2] == ["kernels compiling csrc/ for cpu, once", "fused, for cpu"]
+    assert {path.suffix for path in tmp_path.glob("gan-scripts/*")} == {".lock", ".so"}
+    assert not list(tmp_path.parent.glob("gan-kernels-*"))
 
 
 def test_eight_at_once_compile_once(tmp_path, quick):
@@ -123,20 +126,50 @@ def test_a_cache_that_takes_nothing(tmp_path, spoil, reason, quick):
     assert output[1].startswith(f"kernels cannot be kept in {tmp_path / 'cache' / 'gan-scripts'} (") and reason in output[1]
 
 
-def test_a_full_disk_keeps_no_part(nothing_cached, monkeypatch):
+@pytest.fixture
+def compiled(nothing_cached, monkeypatch):
+    """Compiling takes no time and gives an empty file."""
+    def load(name, sources, build_directory, **_):
+        Path(build_directory, f"{name}.so").touch()
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+
+
+def test_a_full_disk_keeps_no_part(nothing_cached, compiled, monkeypatch):
     write = Path.write_bytes
 
     def full(path, content):
-        write(path, content[:4])
+        write(path, b"part")
         raise OSError(28, "No space left on device")
 
-    def compiled(name, sources, build_directory, **_):
-        write(Path(build_directory, f"{name}.so"), b"library")
-
-    monkeypatch.setattr("torch.utils.cpp_extension.load", compiled)
     monkeypatch.setattr(Path, "write_bytes", full)
     build.load("cpu")
     assert [path.suffix for path in Path(nothing_cached, "gan-scripts").iterdir()] == [".lock"]
+
+
+def test_a_killed_build_and_a_damaged_library_are_removed(nothing_cached, compiled):
+    folder, name = nothing_cached / "gan-scripts", f"gan_cpu-{build.fingerprint('cpu')}"
+    (folder / f"{name}.killed.build" / "objects").mkdir(parents=True)
+    (folder / f"{name}-0123456789abcdef.so").write_bytes(b"half a library")
+    build.load("cpu")
+    assert {path.name for path in folder.iterdir()} == {f"{name}.lock", f"{name}-{build.digest(b'')}.so"}
+
+
+def test_what_was_long_unused_is_removed(nothing_cached, compiled, monkeypatch):
+    """What other sources or another torch still use stays, and so do classifiers. To load a library is to use it."""
+    folder, name = nothing_cached / "gan-scripts", f"gan_cpu-{build.fingerprint('cpu')}"
+    (folder / "gan_cpu-1.killed.build" / "objects").mkdir(parents=True)
+    unused = ["gan_cpu-1-2.so", "gan_cpu-1-2.so.3.tmp", "gan_cpu-1.lock", "gan_cuda-1.log"]
+    kept = ["classifier-1.pt", f"gan_cpu-4-{build.digest(b'')}.so", "gan_cuda-5-6.so", "gan_cuda-5.lock"]
+    for file in unused + kept:
+        (folder / file).touch()
+    for path in folder.iterdir():
+        days = 29 if path.name.startswith("gan_cuda-5") else 31
+        os.utime(path, (time.time() - days * 24 * 60 * 60,) * 2)
+    monkeypatch.setattr(torch.ops, "load_library", Path)
+    assert build.loaded("gan_cpu-4")
+    build.load("cpu")
+    assert {path.name for path in folder.iterdir()} == {*kept, f"{name}.lock", f"{name}-{build.digest(b'')}.so"}
 
 
 def causes(tmp_path):
