@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,8 +117,12 @@ def tools(device):
     # ninja may lie beside the Python of a virtual environment that is not activated
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     compiler = os.environ.get("CXX", "").strip() or "c++"
-    if not shutil.which(compiler):
-        raise Unavailable(f"no C++ compiler: {compiler} is not on the PATH; install g++ or clang")
+    try:
+        program = shlex.split(compiler)[0]  # others may follow: "ccache g++"
+    except ValueError as error:
+        raise Unavailable(f"CXX={compiler} is no command ({error})") from error
+    if not shutil.which(program):
+        raise Unavailable(f"no C++ compiler: {program} is not on the PATH; install g++ or clang")
     if not shutil.which("ninja", path=path):
         raise Unavailable("no ninja on the PATH; pip install ninja")
     if device == "cpu":
@@ -183,6 +188,11 @@ def compile_and_load(device, settings, name, folder):
     """Compile in a fresh folder, where no lock of torch can be stale, load the library and keep it."""
     from torch.utils import cpp_extension  # slow to import
 
+    if not shutil.which(settings["CXX"]):  # cpp_extension takes the name of a program, nothing more
+        script = folder / "compiler"
+        script.write_text(f'#!/bin/sh\nexec {settings["CXX"]} "$@"\n')
+        script.chmod(0o700)
+        settings |= {"CXX": str(script.absolute()), "TORCH_NO_COMPILER_WRAPPER": "1"}  # no ccache before the script
     try:
         with environment(settings, cpp_extension):
             cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]],

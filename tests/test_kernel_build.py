@@ -22,8 +22,8 @@ PROGRAM = "import torch; from csrc import ops; print(ops.choose('auto', 'cpu'));
 
 @pytest.fixture
 def quick(tmp_path_factory):
-    """A compiler that does not optimise."""
-    return str(script(tmp_path_factory.mktemp("bin") / "quick", 'exec c++ "$@" -O0'))
+    """A compiler that does not optimise, and a program before it, as in "ccache g++"."""
+    return "env " + str(script(tmp_path_factory.mktemp("bin") / "quick", 'exec c++ "$@" -O0'))
 
 
 def start(cache, program=PROGRAM, **environment):
@@ -128,11 +128,15 @@ def test_a_cache_that_takes_nothing(tmp_path, spoil, reason, quick):
 
 @pytest.fixture
 def compiled(nothing_cached, monkeypatch):
-    """Compiling takes no time and gives an empty file."""
+    """Compiling takes no time and gives an empty file. Returns what the compiler said, each time."""
+    said = []
+
     def load(name, sources, build_directory, **_):
+        said.append(subprocess.run([os.environ["CXX"], "a b"], text=True, capture_output=True, check=False).stdout)
         Path(build_directory, f"{name}.so").touch()
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    return said
 
 
 def test_a_full_disk_keeps_no_part(nothing_cached, compiled, monkeypatch):
@@ -145,6 +149,14 @@ def test_a_full_disk_keeps_no_part(nothing_cached, compiled, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     build.load("cpu")
     assert [path.suffix for path in Path(nothing_cached, "gan-scripts").iterdir()] == [".lock"]
+
+
+def test_a_compiler_of_several_words(compiled, tmp_path, monkeypatch):
+    """cpp_extension takes one: it gets a script that runs them all."""
+    launcher = script(tmp_path / "a launcher", 'echo "$@"')
+    monkeypatch.setenv("CXX", f"'{launcher}' g++ -O0")
+    build.load("cpu")
+    assert compiled == ["g++ -O0 a b\n"] and "TORCH_NO_COMPILER_WRAPPER" not in os.environ
 
 
 def test_a_killed_build_and_a_damaged_library_are_removed(nothing_cached, compiled):
@@ -184,7 +196,8 @@ def causes(tmp_path):
     return {
         "no compiler": ("cpu", {"PATH": str(empty)}, r"no C\+\+ compiler: c\+\+ is not on the PATH; install g\+\+ or clang"),
         "no such compiler": ("cpu", {"CXX": "/no/such/compiler"}, r"no C\+\+ compiler: /no/such/compiler is not on the PATH"),
-        "a compiler and a flag": ("cpu", {"CXX": "c++ -w"}, r"no C\+\+ compiler: c\+\+ -w is not on the PATH"),
+        "no such launcher": ("cpu", {"CXX": "/no/such/ccache g++"}, "compiler: /no/such/ccache is not on the PATH"),
+        "an open quote": ("cpu", {"CXX": "g++ '-w"}, r"CXX=g\+\+ '-w is no command"),
         "no ninja": ("cpu", {"PATH": str(compilers["c++"])}, "no ninja on the PATH; pip install ninja"),
         "build error": ("cpu", {"CXX": str(failing)}, r"the build failed; see (.*\.log)"),
         "no nvcc": ("cuda", {"PATH": str(compilers["c++"]), "CUDA_HOME": str(empty), "ninja": "here"},
@@ -196,8 +209,8 @@ def causes(tmp_path):
     }
 
 
-CAUSES = ["no compiler", "no such compiler", "a compiler and a flag", "no ninja", "build error", "no nvcc", "toolkit mismatch",
-          "broken nvcc", "another device"]
+CAUSES = ["no compiler", "no such compiler", "no such launcher", "an open quote", "no ninja", "build error", "no nvcc",
+          "toolkit mismatch", "broken nvcc", "another device"]
 
 
 @pytest.mark.parametrize("cause", CAUSES)
