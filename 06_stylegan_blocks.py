@@ -416,7 +416,7 @@ def main(argv=None):
 
     data = common.prepare(args)
     generator = Generator(args.latent_dim, *shape).to(args.device)
-    discriminator = Discriminator(*shape).to(args.device)
+    discriminator = Discriminator(*shape).to(args.device, memory_format=torch.channels_last)
     top = float(len(generator.blocks) - 1)
     generator.level = discriminator.level = 0.0 if args.progressive == "on" else top
     synthesis = [generator.constant, *generator.blocks.parameters(),

@@ -315,7 +315,8 @@ class Parser(argparse.ArgumentParser):
             options = {**self.defaults, **table, **options}  # an older one may lack new flags
             flags = {action.dest: action for action in self._actions if action.dest != "variant"}
             fixed = {"classes": 0, **table}
-            wrong = [name for name in options if not isinstance(name, str) or
+            wrong = [name for name, value in options.items() if not isinstance(name, str) or
+                     not isinstance(value, str | int | float | None) or
                      name in fixed and name not in flags and options[name] != fixed[name] or
                      name in flags and options[name] is not None and not fits(flags[name], options[name])]
         if wrong:
@@ -506,11 +507,12 @@ class Run:
         self.args, self.data, self.draw_noise = args, data, draw_noise
         self.plots, self.styles, self.state = plots, styles or {}, state
         self.step, self.history, self.scores = 0, [], {}  # steps done; a row per epoch; the last scores of each checkpoint
-        self.batches, self.in_steps, self.signal, self.large, self.bar = None, False, None, {}, None
+        self.batches, self.in_steps, self.signal, self.large = None, False, None, {}
+        self.bar = self.lock = None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
         optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        self.rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
         self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
         if RANKS > 1:  # all have the same weights; from here on each draws random numbers of its own
             torch.manual_seed(args.seed + RANK)
@@ -549,7 +551,7 @@ class Run:
     def _begin(self):
         args = self.args
         if not RANK:
-            only_here(self.folder)
+            self.lock = only_here(self.folder)
             sweep(self.folder)
             self.samples.mkdir(exist_ok=True)
         if args.resume:
@@ -585,6 +587,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.in_steps = False
+        if self.lock is not None:
+            os.close(self.lock)
         if self.bar is not None:
             self.bar.close()
         if kind and not self.step and not self.args.resume and not RANK:  # nothing was trained: nothing is left behind
@@ -619,8 +623,9 @@ class Run:
         self.in_steps = True  # a signal waits for the end of the step
         while self.step < (self.epoch + 1) * self.steps_per_epoch:
             left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
-            for group, rate in self.rates:
-                group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
+            for optimizer, rates in self.rates:
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * min(1, left / self.args.lr_decay) if self.args.lr_decay else rate
             yield
             self.step += 1
             if "average" in self.state:
@@ -801,14 +806,17 @@ def largest_of_ranks(wish):
 
 
 def only_here(folder):
-    """Hold the folder for as long as this process lives; exits with code 2 where another one trains in it."""
+    """A descriptor that holds the folder until it is closed; exits with code 2 where another process trains in it."""
     with contextlib.suppress(ImportError):
         import fcntl  # not on Windows
 
+        lock = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(lock)
             fail(f"another process is training in {folder}")
+        return lock
 
 
 def sweep(folder):
@@ -844,6 +852,7 @@ def write_whole(path, content):
 
 def replace_file(path, content):
     """Written aside, flushed to the disk, renamed: whenever the power fails, `path` is the old file or the new one."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -71,7 +71,7 @@ def test_a_file_that_cannot_be_written(device, tmp_path, capsys):
     (tmp_path / "03-kernels.json").mkdir()
     with pytest.raises(SystemExit) as stopped:
         compared("03", load_script("03_wgan_gp").penalty_of, lambda: None, device, tmp_path)
-    assert stopped.value.code == 2 and "03-kernels.json cannot be written (Is a directory)\n" in capsys.readouterr().err
+    assert stopped.value.code == 1 and "03-kernels.json cannot be written (Is a directory)\n" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["03-kernels.json"]
 
 

@@ -138,10 +138,10 @@ def test_csrc_knows_nothing_of_common():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_grouped(script, capsys):
-    """Five flags first, then the groups; each script's own flags stand in one of them."""
+    """Six flags first, then the groups; each script's own flags stand in one of them."""
     text = help_of(script, capsys)
     fused = ["fused kernels"] * (script in ("03_wgan_gp", "04_cgan", "06_stylegan_blocks"))
     titles = ["options", "training", "data", "output and scores", *fused, "drawing from a run, with --from"]
     assert re.findall(r"^(\w.*):$", text.split("\nText:")[0], re.MULTILINE) == titles
     first = re.findall(r"^  (?:-h, )?(--[\w-]+)", text.split("\ntraining:")[0], re.MULTILINE)
-    assert first == ["--help", "--epochs", "--dataset", "--data-dir", "--output-dir", "--from"]
+    assert first == ["--help", "--epochs", "--dataset", "--data-dir", "--output-dir", "--from", "--resume"]

@@ -1,0 +1,418 @@
+"""A run that is killed at any moment goes on as if nothing had happened: weights, log and pictures, bit for bit.
+
+    python tests/test_resume.py SCRIPT FOLDER SIGNAL KILLS SEED
+
+trains a script twice, once undisturbed and once with so many kills at random moments, each in a process forked from
+this one, which has imported everything and uses one thread. It is what the tests below start.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, SCRIPTS, load_script  # puts common on the path
+
+import common
+from csrc import ops
+
+CASES = {  # flags that bring every part of a checkpoint into play
+    "01_vanilla_gan": ["--dataset", "digits", "--ema-decay", "0.9"],
+    "02_dcgan": ["--dataset", "digits", "--batch-size", "8", "--eval-interval", "1"],
+    "03_wgan_gp": ["--dataset", "ring", "--lr-decay", "0.7", "--eval-interval", "1"],
+    "04_cgan": ["--dataset", "digits", "--batch-size", "32", "--ema-decay", "0.9"],
+    "05_sn_label_smoothing": ["--dataset", "digits", "--batch-size", "8", "--label-smoothing", "random"],
+    "06_stylegan_blocks": ["--dataset", "digits", "--batch-size", "8", "--width", "32", "--latent-dim", "8"]}
+
+
+class Scorer:
+    """The image scorer's place, without its classifier."""
+
+    count, against, about, floor_name, floor, curves = 9, "nothing", {}, "nothing", {"FD": 0.0}, [("distance", ["FD"])]
+
+    def __call__(self, pipeline):
+        distance = pipeline(*pipeline.latents(9)).mean().item()
+        return {"FD": distance, "FD_held_out": distance}
+
+
+def train(script, folder, *arguments):
+    """A training in a forked process; returns its number."""
+    child = os.fork()
+    if not child:
+        with open(folder / "output.txt", "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        code = 1
+        try:
+            flags = ["--epochs", "3", "--max-batches", "6", "--output-dir", str(folder), "--eval-interval", "0", *CASES[script]]
+            common.guarded(lambda: load_script(script).main([*arguments, *flags] if not arguments else list(arguments)))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return child
+
+
+def code_of(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def rehearse(script, folder, number, kills, seed):
+    """The two trainings; prints where the kills fell."""
+    torch.set_num_threads(1)
+    if "kernels" in load_script(script).main.__code__.co_consts:
+        ops.choose("auto", "cpu")
+    common.draw_digits("train")
+    if script == "02_dcgan":
+        common.make_scorer = lambda args: Scorer()
+    if script == "06_stylegan_blocks" and kills < 10:
+        load_script(script).STYLES.clear()  # slow to draw
+    common.Run.SAVE_SECONDS = seed % 2 * 1000  # every second time a checkpoint after each step: kills fall on them
+    rng, plain, torn = random.Random(seed), folder / "plain", folder / "torn"
+    plain.mkdir(), torn.mkdir()
+    start = time.perf_counter()
+    assert code_of(train(script, plain)) == 0, (plain / "output.txt").read_text()
+    duration, fell = time.perf_counter() - start, []
+    while True:
+        resumable = list(torn.glob(f"{script}*/checkpoint.pt"))
+        child = train(script, torn, *(["--resume", "--output-dir", str(torn)] if resumable else []))
+        if len(fell) < kills:
+            time.sleep(rng.random() * duration)
+            os.kill(child, number)
+        code = code_of(child)
+        if code == 0:
+            break
+        assert code == (-number if number == signal.SIGKILL else 128 + number), (torn / "output.txt").read_text()
+        output = (torn / "output.txt").read_text()
+        fell.append("before the start" if not resumable and not list(torn.glob(f"{script}*/checkpoint.pt")) else output[-60:])
+    print(json.dumps({"kills": len(fell), "duration": duration}))
+
+
+if __name__ == "__main__":
+    rehearse(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6]))
+
+
+def content(folder):
+    """Everything in a run's folder that must not differ, by name: tensors as bytes, the log without seconds, pictures."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".pt":
+            found |= {f"{name}:{key}": value for key, value in flat(torch.load(path, weights_only=True))}
+        elif path.name == "log.jsonl":
+            found[name] = [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+                           for line in path.read_text().splitlines()]
+        elif path.is_file() and path.name != "options.json":
+            found[name] = path.read_bytes()
+    return found
+
+
+def flat(value, name=""):
+    """(name, leaf) pairs of nested dictionaries and lists, but for what a resumed run may have otherwise."""
+    if isinstance(value, dict | list | tuple):
+        for key, part in (value.items() if isinstance(value, dict) else enumerate(value)):
+            if key not in ("options", "seconds"):
+                yield from flat(part, f"{name}.{key}")
+    else:
+        yield name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number, kills, seed", [
+    (signal.SIGKILL, 2, 2), (signal.SIGTERM, 1, 1),
+    *(pytest.param(number, 20, seed, marks=pytest.mark.slow) for number in (signal.SIGKILL, signal.SIGTERM) for seed in (3, 4))])
+def test_killed_and_resumed(script, number, kills, seed, tmp_path):
+    process = subprocess.run([sys.executable, __file__, script, str(tmp_path), str(int(number)), str(kills), str(seed)],
+                             cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert process.returncode == 0, process.stderr
+    print(process.stdout)
+    plain, torn = (content(next((tmp_path / name).glob("0*"))) for name in ("plain", "torn"))
+    assert plain.keys() == torn.keys(), "no file is missing, none is left over"
+    assert [name for name in plain if plain[name] != torn[name]] == []
+    assert len(plain["log.jsonl"]) == 3 and any(name.endswith("final.png") for name in plain)
+    assert any(name.startswith("best.pt") for name in plain) == (script == "02_dcgan")
+
+
+def run(script, *arguments):
+    return load_script(script).main(list(map(str, arguments)))
+
+
+SHORT = ["--dataset", "gaussians", "--epochs", 2, "--max-batches", 3, "--eval-interval", 0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of 03, complete."""
+    parent = tmp_path_factory.mktemp("runs")
+    run("03_wgan_gp", *SHORT, "--output-dir", parent)
+    return parent / "03_wgan_gp-gaussians-0001"
+
+
+def refused(capsys, script, *arguments, code=2):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(script, *arguments)
+    assert stop.value.code == code
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("flags, wrong", [
+    (["--lr-g", 0.5], "lr-g 0.5 is not the run's, which has 0.001"), (["--batch-size", 9], "batch-size 9 is not the run's, which has 256"),
+    (["--epochs", 1], "--epochs 1 is less than the run's 2"), ([], "complete after 2 epochs; a larger --epochs trains on"),
+    (["--kernels", "reference"], "kernels reference is not the run's, which has fused"),
+    (["--generate", 3], "generate 3 is not the run's")])
+def test_what_a_resumed_run_may_not_change(finished, capsys, flags, wrong):
+    before = {path: path.read_bytes() for path in finished.rglob("*.*")}
+    assert wrong in refused(capsys, "03_wgan_gp", "--resume", finished, *flags)
+    assert {path: path.read_bytes() for path in finished.rglob("*.*")} == before
+
+
+def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, monkeypatch):
+    assert "there is no run of 03_wgan_gp in" in refused(capsys, "03_wgan_gp", "--resume", "--output-dir", tmp_path)
+    assert "does not exist" in refused(capsys, "03_wgan_gp", "--resume", tmp_path / "no")
+    assert "was trained by 03_wgan_gp.py" in refused(capsys, "01_vanilla_gan", "--resume", finished)
+    more = ["--resume", finished, "--epochs", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        assert re.search(r"threads 77 is not the run's, which has \d+.*; set OMP_NUM_THREADS=\d+$", refused(capsys, "03_wgan_gp", *more))
+    with monkeypatch.context() as patch:
+        patch.setitem(common.MIXTURES, "gaussians", (common.MIXTURES["gaussians"][0], 0.051))
+        assert "are not those that the run was trained on" in refused(capsys, "03_wgan_gp", *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "choose", lambda wanted, device: (_ for _ in ()).throw(common.build.Unavailable("none")))
+        assert "no fused kernels: none" in refused(capsys, "03_wgan_gp", *more)
+    lock = common.only_here(finished)
+    assert f"another process is training in {finished}" in refused(capsys, "03_wgan_gp", *more)
+    os.close(lock)
+
+
+def test_the_newest_run_goes_on_for_more_epochs(tmp_path, capsys):
+    for _ in range(2):
+        run("03_wgan_gp", *SHORT, "--output-dir", tmp_path)
+    run("03_wgan_gp", "--resume", "--epochs", 4, "--output-dir", tmp_path)
+    assert "03_wgan_gp-gaussians-0002: 4 epochs of 3 generator steps, resumed after step 6" in capsys.readouterr().out
+    run("03_wgan_gp", *SHORT[:2], "--epochs", 4, *SHORT[4:], "--output-dir", tmp_path)
+    resumed, whole = (content(tmp_path / f"03_wgan_gp-gaussians-000{number}") for number in (2, 3))
+    assert len(resumed["log.jsonl"]) == 4 and {name for name in whole if whole[name] != resumed.get(name)} == set()
+
+
+def test_leftovers_are_removed(finished):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout.strip()
+    left, living = finished / "samples" / f"final.png.{dead}.tmp", finished / f"log.jsonl.{os.getppid()}.tmp"
+    for path in (left, living):
+        path.write_text("half")
+    run("03_wgan_gp", "--from", finished, "--generate", 4)
+    assert not left.exists() and living.exists()
+    living.unlink()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+@pytest.mark.parametrize("nth", [1, 3, 5, 6, 9, 12, 15])
+def test_a_full_disk_costs_nothing_that_exists(tmp_path, monkeypatch, capsys, nth, error):
+    """The nth file cannot be written: one line, code 1, the files before it whole, and the run goes on once there is room."""
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2 * nth:  # a file and its folder
+            raise error
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = refused(capsys, "03_wgan_gp", *SHORT, "--output-dir", tmp_path, code=1)
+    assert re.search(rf"03_wgan_gp-gaussians-0001/\S+ cannot be written \({error.strerror}\)$", line)
+    assert not list(tmp_path.rglob("*.tmp"))
+    folder = tmp_path / "03_wgan_gp-gaussians-0001"
+    if not folder.exists():
+        return  # nothing had been trained
+    assert nth > 3
+    run("03_wgan_gp", "--resume", folder)
+    run("03_wgan_gp", *SHORT, "--output-dir", tmp_path)
+    assert content(folder) == content(tmp_path / "03_wgan_gp-gaussians-0002")
+
+
+def test_the_run_s_folder_is_deleted(tmp_path, monkeypatch, capsys):
+    steps = common.Run.steps
+
+    def deleting(run):
+        yield from steps(run)
+        common.shutil.rmtree(run.folder)
+
+    monkeypatch.setattr(common.Run, "steps", deleting)
+    line = refused(capsys, "03_wgan_gp", *SHORT, "--output-dir", tmp_path, code=1)
+    assert line.endswith("log.jsonl cannot be written (No such file or directory)")
+
+
+def test_two_processes_in_one_output_folder(tmp_path):
+    processes = [subprocess.Popen([sys.executable, "03_wgan_gp.py", *map(str, SHORT), "--output-dir", str(tmp_path)], cwd=ROOT,
+                                  stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (content(folder) for folder in sorted(tmp_path.iterdir()))
+    assert first == second
+
+
+def broken(monkeypatch, network, after):
+    """Weights of `network` become NaN with the generator's step number `after`; the losses do not show it."""
+    module, steps = load_script("03_wgan_gp"), []
+    step = module.generator_step
+
+    def call(generator, critic, optimizer, z):
+        quantities = step(generator, critic, optimizer, z)
+        steps.append(z)
+        if len(steps) == after:
+            with torch.no_grad():
+                next({"generator": generator, "critic": critic}[network].parameters())[0] = torch.nan
+        return quantities
+
+    monkeypatch.setattr(module, "generator_step", call)
+
+
+@pytest.mark.parametrize("network", ["generator", "critic"])
+@pytest.mark.parametrize("after, noticed, good", [(6, 6, 3), (3, 3, 0)])
+def test_nan_never_replaces_a_good_checkpoint(tmp_path, monkeypatch, capsys, network, after, noticed, good):
+    broken(monkeypatch, network, after)
+    line = refused(capsys, "03_wgan_gp", *SHORT, "--output-dir", tmp_path, code=1)
+    folder = tmp_path / "03_wgan_gp-gaussians-0001"
+    assert f"a weight of {network} is no longer finite in step {noticed} of epoch {noticed // 3}; try smaller --lr-g and --lr-d" in line
+    assert f"(the last good checkpoint, of step {good}, is in {folder})" in line
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == good and all(value.isfinite().all() for value in kept["generator"].values())
+
+
+def test_nan_is_noticed_within_a_hundred_steps(tmp_path, monkeypatch, capsys):
+    broken(monkeypatch, "generator", 5)
+    line = refused(capsys, "03_wgan_gp", *SHORT[:4], "--max-batches", 150, "--batch-size", 4, "--eval-interval", 0,
+                   "--output-dir", tmp_path, code=1)
+    assert "is no longer finite in step 100 of epoch 1" in line
+
+
+def test_growth_beyond_all_sense_is_warned_of_once(tmp_path, monkeypatch, capsys):
+    losses = iter(range(10**6, 10**7, 10**5))
+    monkeypatch.setattr(load_script("03_wgan_gp"), "generator_step", lambda *rest: {"loss_G": torch.tensor(float(next(losses)))})
+    run("03_wgan_gp", *SHORT[:2], "--epochs", 4, *SHORT[4:], "--output-dir", tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert lines == ["warning loss_G is 1.4e+06 and growing in step 6; try smaller --lr-g and --lr-d"]
+
+
+def test_from_refuses_nan(finished, tmp_path, capsys):
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    next(iter(checkpoint["generator"].values()))[0] = np.inf
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert "has weights that are no finite numbers" in refused(capsys, "03_wgan_gp", "--from", tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step(number, tmp_path, monkeypatch, capsys):
+    """128 + its number, a checkpoint of that very step, the curves, the command that resumes; a second one ends at once."""
+    module = load_script("03_wgan_gp")
+    step, calls = module.generator_step, []
+
+    def signalled(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            common.interrupt(number, None)
+            assert signal.getsignal(number) == signal.SIG_DFL
+        return step(*arguments)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(module, "generator_step", signalled)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("03_wgan_gp", *SHORT, "--output-dir", tmp_path)
+    finally:
+        signal.signal(number, before)
+    folder = tmp_path / "03_wgan_gp-gaussians-0001"
+    assert stop.value.code == 128 + number and torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert capsys.readouterr().out.endswith(f"interrupted after 1 epochs; to go on: python 03_wgan_gp.py --resume {folder}\n")
+    assert (folder / "curves.png").exists() and len(calls) == 5
+
+
+def test_interrupted_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "save_picture", lambda *arguments, **options: common.interrupt(signal.SIGTERM, None))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(common.Interrupted):
+            run("03_wgan_gp", *SHORT, "--output-dir", tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def script_in_shell(command, **environment):
+    """Exit code, output and errors of a script in a shell command, {run} being 03 with SHORT."""
+    run = f"{sys.executable} 03_wgan_gp.py {' '.join(map(str, SHORT))}"
+    return subprocess.run(["bash", "-c", "set -o pipefail; " + command.format(run=run, python=sys.executable)], cwd=ROOT, check=False,
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+@pytest.mark.parametrize("redirection, errors", [("| head -1", 1), ("> /dev/full", 1), (">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)])
+def test_a_lost_stream_does_not_end_the_training(tmp_path, redirection, errors):
+    process = script_in_shell(f"{{run}} --output-dir {tmp_path} {redirection}")
+    assert process.returncode == 0 and len(process.stderr.splitlines()) == errors, process.stderr
+    assert torch.load(tmp_path / "03_wgan_gp-gaussians-0001" / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_help_without_a_stream_and_names_beyond_the_encoding(tmp_path):
+    assert script_in_shell("{python} 03_wgan_gp.py --help >&-").stderr == ""
+    folder = tmp_path / "敵対的"
+    process = script_in_shell(f"{{run}} --output-dir {folder}", PYTHONIOENCODING="ascii")
+    assert (process.returncode, process.stderr) == (0, "") and (folder / "03_wgan_gp-gaussians-0001" / "samples" / "final.png").exists()
+
+
+def test_a_fault_of_ours_says_so(tmp_path):
+    """A traceback that does appear comes with the command to report."""
+    program = "import common, sys; sys.argv = ['03_wgan_gp.py', '--seed', '3']; common.guarded(lambda: 1 / 0)"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 1 and "ZeroDivisionError" in process.stderr
+    assert process.stderr.endswith("this is a fault of these scripts; please report the lines above, with the command python 03_wgan_gp.py --seed 3\n")
+
+
+LARGE = [("06_stylegan_blocks", ["--latent-dim", "20000"], "--latent-dim"), ("06_stylegan_blocks", ["--width", "9999"], "--width"),
+         ("02_dcgan", ["--batch-size", "60000"], "--batch-size"), ("03_wgan_gp", ["--critic", "conv", "--batch-size", "60000"], "--batch-size"),
+         ("05_sn_label_smoothing", ["--batch-size", "20000", "--minibatch-discrimination", "on"], "--batch-size")]
+
+
+@pytest.mark.parametrize("script, flags, advice", [case if case[0] == "06_stylegan_blocks" and case[2] == "--width" else
+                                                   pytest.param(*case, marks=pytest.mark.slow) for case in LARGE])
+def test_too_little_memory_is_one_line(script, flags, advice, tmp_path):
+    """Where 4 GB are free, in place of what this machine has: refused by the system before its killer comes."""
+    program = ("import runpy, sys; sys.path.insert(0, '.'); import common; common.free_memory = lambda: 4 * 10**9; "
+               f"sys.argv = ['{script}.py', *{flags}, '--dataset', 'digits', '--output-dir', '{tmp_path}']; "
+               f"runpy.run_path('{script}.py', run_name='__main__')")
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert process.returncode == 2, process.stderr
+    line, = process.stderr.splitlines()
+    assert re.search(rf"error: there is too little memory( for another [\d.]+ \w+)?; lower {advice}$", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_take_no_more_memory_or_files(tmp_path, monkeypatch):
+    """With a checkpoint every tenth step."""
+    seen, steps = {}, common.Run.steps
+
+    def watched(run):
+        for step, _ in enumerate(steps(run), start=1):
+            yield
+            run.saved = -1e9 if step % 10 == 0 else run.saved
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen[step] = pages * 4096, len(os.listdir("/proc/self/fd"))
+
+    monkeypatch.setattr(common.Run, "steps", watched)
+    run("04_cgan", "--dataset", "digits", "--epochs", 1, "--max-batches", 2000, "--batch-size", 8, "--eval-interval", 0, "--output-dir", tmp_path)
+    assert len(seen) == 2000 and seen[2000][0] - seen[200][0] < 8e6 and seen[2000][1] == seen[200][1]
