@@ -102,15 +102,11 @@ def guarded(main):
 
     Exit codes: 1 for what fails in mid-run, 2 for bad input, 128 + its number for a signal.
     """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # "?" for what a terminal's encoding lacks
-        encoding = getattr(getattr(sys, name), "encoding", None)
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Output(descriptor, "w", closefd=False)), encoding, "replace",
-                                            line_buffering=descriptor == 2 or os.isatty(descriptor)))
+    while os.open(os.devnull, os.O_RDWR) < 2:  # of the standard streams one is closed: the next file would take its place
+        pass
+    sys.stdout, sys.stderr = (  # "replace": "?" for what a terminal's encoding lacks
+        io.TextIOWrapper(io.BufferedWriter(Output(number, "w", closefd=False)), getattr(stream, "encoding", None), "replace",
+                         line_buffering=number == 2 or os.isatty(number)) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     signals = [number for number in signal.valid_signals() if getattr(number, "name", "") in ("SIGINT", "SIGTERM", "SIGHUP")
                and signal.getsignal(number) == signal.SIG_DFL]  # else ignored, as by nohup
     for number in signals:
@@ -127,8 +123,8 @@ def guarded(main):
             given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
             fail(f"there is too little memory{f' for another {size[1]}' * bool(size)}; "
                  f"lower {' or '.join(given or ['--batch-size'])}", 1 if Run.current and Run.current.step else 2)
-        if RANK:  # rank 0 has ended, and says why
-            raise SystemExit(1) from None
+        if RANK:  # it lost the others, most often: rank 0 says why
+            fail(f"process {RANK} of {RANKS} stopped: {str(error).partition(chr(10))[0]}", code=1)
         traceback.print_exc()
         fail("this is a fault of these scripts; please report the lines above, with the command "
              f"{shlex.join(['python', *sys.argv])}", code=1)
@@ -508,7 +504,7 @@ class Run:
         self.plots, self.styles, self.state = plots, styles or {}, state
         self.step, self.history, self.scores = 0, [], {}  # steps done; a row per epoch; the last scores of each checkpoint
         self.batches, self.in_steps, self.signal, self.large = None, False, None, {}
-        self.bar = self.lock = None
+        self.bar = self.lock = self.folder = None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
         optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
@@ -533,23 +529,18 @@ class Run:
         return len(self.history)
 
     def __enter__(self):
-        Run.current, args = self, self.args
+        Run.current = self
+        return self
+
+    def _begin(self):
+        """The folder of a new run, or the place where a resumed one left off."""
+        args = self.args
         self.folder = Path(args.resume).parent if args.resume else self._new_folder()
         self.samples = self.folder / "samples"
         self.pipeline = Pipeline(self.state.get("average", self.state["generator"]), self.draw_noise, args)
         points = self.data.samples.dim() == 2
         self.latents = self.pipeline.latents(2500 if points else 8 * (args.classes or 8))  # fixed for the whole run
         self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
-        try:
-            self._begin()
-        except BaseException:
-            self.__exit__(*sys.exc_info())
-            raise
-        self.step_saved, self.saved = self.step, time.perf_counter()
-        return self
-
-    def _begin(self):
-        args = self.args
         if not RANK:
             self.lock = only_here(self.folder)
             sweep(self.folder)
@@ -569,6 +560,7 @@ class Run:
             self.save_checkpoint()
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch, initial=self.step, unit="step",
                         disable=True if RANK else None, leave=False, dynamic_ncols=True)  # None: shown on terminals only
+        self.step_saved, self.saved = self.step, time.perf_counter()
 
     def _new_folder(self):
         for number in itertools.count(1):
@@ -591,17 +583,17 @@ class Run:
             os.close(self.lock)
         if self.bar is not None:
             self.bar.close()
-        if kind and not self.step and not self.args.resume and not RANK:  # nothing was trained: nothing is left behind
+        if kind and self.folder and not self.step and not self.args.resume and not RANK:  # nothing was trained: nothing is left behind
             shutil.rmtree(self.folder, ignore_errors=True)
         elif kind and issubclass(kind, KeyboardInterrupt):
             if not RANK and self.history:
                 self._curves()
-            print(f"interrupted after {self.epoch} epochs; to go on: python {self.args.script}.py "
-                  f"--resume {shlex.quote(str(self.folder))}", flush=True)
+            print(f"interrupted after {self.epoch} epochs; to go on: {self._command('--resume')}", flush=True)
             raise SystemExit(128 + getattr(error, "number", signal.SIGINT))
 
     def epochs(self):
         """One endless stream of (real, labels) batches per epoch; log, pictures and scores in between."""
+        self._begin()
         while self.epoch < self.args.epochs:
             if self.batches is None:  # else in mid-epoch, resumed
                 self.sums, self.seconds, self.batches = {}, 0.0, self.data.batches(self.args.batch_size)
@@ -609,11 +601,16 @@ class Run:
             yield self.batches
             self._end_epoch()
             self.batches = None
+        self.save_checkpoint()
         self.bar.close()
         if self.scorer:
             show_scores(self.scorer, self.scores)
         print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
-        print(f"more    python {self.args.script}.py --from {shlex.quote(str(self.folder))}")
+        print(f"more    {self._command('--from')}")
+
+    def _command(self, flag):
+        joined = [f"{flag}={self.folder}"] if str(self.folder).startswith("-") else [flag, str(self.folder)]
+        return shlex.join(["python", f"{self.args.script}.py", *joined])
 
     def _due(self, interval):
         return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
@@ -654,18 +651,16 @@ class Run:
     def _check(self):
         """Ends the run if anything is no longer finite; warns once of what grows beyond all sense."""
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}  # waits for the device
-        tensors = {f"a weight of {name}": part.state_dict().values() for name, part in self.state.items()
-                   if isinstance(part, nn.Module)}
-        tensors |= {f"a moment in {name}": [value for moments in part.state.values() for value in moments.values()]
-                    for name, part in self.state.items() if isinstance(part, torch.optim.Optimizer)}
         bad = [name for name, value in means.items() if not math.isfinite(value)]
-        bad += [name for name, values in tensors.items()
-                if not all(value.isfinite().all() for value in values if isinstance(value, torch.Tensor))]
+        for name, part in self.state.items():
+            states = part.state.values() if isinstance(part, torch.optim.Optimizer) else [part.state_dict()]
+            if not all(value.isfinite().all() for state in states for value in state.values()):
+                bad.append(f"the state of {name}")
         weights = [flag for flag in ("gp_weight", "r1_weight") if getattr(self.args, flag, 0) > 100]
         advice = f"try a smaller --{weights[0].replace('_', '-')}" if weights else "try smaller --lr-g and --lr-d"
         if bad:
             self.bar.close()
-            fail(f"{bad[0]} is no longer finite in step {self.step} of epoch {self.epoch + 1}; {advice} "
+            fail(f"{bad[0]} is no longer finite in step {self.step}, epoch {self.epoch + 1}; {advice} "
                  f"(the last good checkpoint, of step {self.step_saved}, is in {self.folder})", code=1)
         for name, value in means.items():
             if 1e6 < self.large.get(name, 0) < abs(value):
@@ -689,13 +684,10 @@ class Run:
         if self._due(self.args.sample_interval):
             self._picture()
             self._curves()
-        last = self.epoch == self.args.epochs
-        if last:
+        if self.epoch == self.args.epochs:
             self._final_pictures()
         if self.scorer and self._due(self.args.eval_interval):
             self._score()
-        if last:
-            self.save_checkpoint()
 
     def _save_log(self):
         write_whole(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
@@ -789,11 +781,6 @@ class Run:
             fail(f"--resume: {self.args.resume} is damaged, or of an older version ({type(error).__name__})")
         if self.epoch >= self.args.epochs:
             fail(f"--resume: the run is complete after {self.epoch} epochs; a larger --epochs trains on")
-        for path in self.samples.glob("epoch_*.png"):  # of an epoch that the checkpoint does not know yet
-            if int(path.stem.partition("_")[2]) > self.epoch:
-                path.unlink()
-        if not RANK:
-            self._save_log()
 
 
 def largest_of_ranks(wish):
@@ -821,12 +808,9 @@ def only_here(folder):
 
 def sweep(folder):
     """Remove what killed processes left half-written in a run's folder."""
-    for path in folder.rglob("*.tmp"):
-        with contextlib.suppress(OSError, ValueError):
-            try:
-                os.kill(int(path.suffixes[-2][1:]), 0)
-            except ProcessLookupError:
-                path.unlink()
+    for path in folder.rglob("*.*.*.tmp"):
+        if not os.path.exists(f"/proc/{path.suffixes[-2][1:]}"):
+            path.unlink(missing_ok=True)
 
 
 def packed(content):
@@ -860,10 +844,6 @@ def replace_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name != "nt":  # the rename, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

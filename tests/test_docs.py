@@ -55,10 +55,11 @@ def test_commands_are_understood(command, monkeypatch, capsys):
 
     _, script, *arguments = shlex.split(command)
     monkeypatch.setattr("common.prepare", prepare)
-    with pytest.raises(SystemExit if "--from" in arguments else Reached):
-        load_script(script.removesuffix(".py")).main(["--help"] if "--from" in arguments else arguments)
+    needs_run = not {"--from", "--resume"}.isdisjoint(arguments)
+    with pytest.raises(SystemExit if needs_run else Reached):
+        load_script(script.removesuffix(".py")).main(["--help"] if needs_run else arguments)
     text = capsys.readouterr().out
-    for flag in [argument for argument in arguments if argument.startswith("--") and "--from" in arguments]:
+    for flag in [argument for argument in arguments if argument.startswith("--") and needs_run]:
         assert re.search(rf"^  {flag}\b", text, re.MULTILINE), f"{script} has no {flag}"
 
 

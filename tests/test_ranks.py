@@ -1,6 +1,8 @@
 """torchrun: two processes with half of the batch each train as one with the whole."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -62,15 +64,21 @@ class Fixed:
 
 
 def train(script, folder, *flags):
-    """A whole training; at its end each process keeps its generator's weights in `folder`."""
-    leave = common.Run.__exit__
+    """A training; at its end each process keeps its generator's weights in `folder`. With STOP=N rank 0 gets a SIGTERM in step N."""
+    leave, steps = common.Run.__exit__, common.Run.steps
+
+    def stopping(run):
+        for _ in steps(run):
+            yield
+            if str(run.step + 1) == os.environ.get("STOP") and common.RANK == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def keep(run, *error):
         torch.save(dict(run.state["generator"].named_parameters()), f"{folder}/{common.RANK}.pt")
         return leave(run, *error)
 
-    common.Run.__exit__ = keep
-    load_script(script).main(list(flags))
+    common.Run.__exit__, common.Run.steps = keep, stopping
+    common.guarded(lambda: load_script(script).main(list(flags)))
 
 
 if __name__ == "__main__":  # one of the processes of the tests below
@@ -111,6 +119,20 @@ def test_one_run_of_two_processes(script, flags, tmp_path):
     assert (folder / "samples" / "final.png").exists()
     drawn = run_script(script, "--from", folder)
     assert drawn.returncode == 0, drawn.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    """A signal to one of them ends both after the same step; resumed, they end with the log of an undisturbed training."""
+    flags = ["--dataset", "digits", "--epochs", 3, "--max-batches", 5, "--batch-size", 16, "--eval-interval", 0, "--output-dir"]
+    for name, environment, arguments, code in [
+            ("plain", {}, [*flags, tmp_path / "plain"], 0), ("torn", {"STOP": "8"}, [*flags, tmp_path / "torn"], 1),
+            ("torn", {}, ["--resume", "--output-dir", tmp_path / "torn"], 0)]:
+        process = torchrun(__file__, "train", "03_wgan_gp", tmp_path, *arguments, env={**os.environ, **environment})
+        assert process.returncode == code and ("interrupted after 1 epochs" in process.stdout) == (code == 1), process.stderr
+    logs = [(tmp_path / name / "03_wgan_gp-digits-0001" / "log.jsonl").read_text() for name in ("plain", "torn")]
+    plain, torn = ([{**json.loads(line), "seconds": 0} for line in log.splitlines()] for log in logs)
+    assert plain == torn and len(torn) == 3
 
 
 @pytest.mark.parametrize("flags, wrong", [(["--batch-size", 15], "--batch-size 15"), (["--from", "run"], "torchrun is for trainings")])

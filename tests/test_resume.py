@@ -10,9 +10,11 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,61 +46,68 @@ class Scorer:
         return {"FD": distance, "FD_held_out": distance}
 
 
-def train(script, folder, *arguments):
-    """A training in a forked process; returns its number."""
+def train(script, folder, arguments, number=None, fatal=0, delay=0.0):
+    """A training in a forked process, which the signal `number` hits `delay` seconds after its event number `fatal`.
+
+    Events: quantities recorded, checkpoints packed, files flushed to the disk and renamed. Returns the exit code.
+    """
     child = os.fork()
-    if not child:
-        with open(folder / "output.txt", "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        code = 1
-        try:
-            flags = ["--epochs", "3", "--max-batches", "6", "--output-dir", str(folder), "--eval-interval", "0", *CASES[script]]
-            common.guarded(lambda: load_script(script).main([*arguments, *flags] if not arguments else list(arguments)))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return child
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(folder / "output.txt", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_DFL)
+    events = []
 
+    def watch(place, name):
+        original = getattr(place, name)
 
-def code_of(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        def call(*arguments, **options):
+            events.append(name)
+            if len(events) == fatal:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start() if delay else os.kill(os.getpid(), number)
+            return original(*arguments, **options)
+
+        setattr(place, name, call)
+
+    for place, name in ((common.Run, "record"), (torch, "save"), (os, "fsync"), (os, "replace")):
+        watch(place, name)
+    code = 1
+    try:
+        common.guarded(lambda: load_script(script).main(list(map(str, arguments))))
+        (folder / "events.txt").write_text(str(len(events)))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def rehearse(script, folder, number, kills, seed):
-    """The two trainings; prints where the kills fell."""
+    """The two trainings; prints how many kills there were."""
     torch.set_num_threads(1)
-    if "kernels" in load_script(script).main.__code__.co_consts:
-        ops.choose("auto", "cpu")
     common.draw_digits("train")
     if script == "02_dcgan":
         common.make_scorer = lambda args: Scorer()
     if script == "06_stylegan_blocks" and kills < 10:
         load_script(script).STYLES.clear()  # slow to draw
     common.Run.SAVE_SECONDS = seed % 2 * 1000  # every second time a checkpoint after each step: kills fall on them
-    rng, plain, torn = random.Random(seed), folder / "plain", folder / "torn"
+    rng, plain, torn, fell = random.Random(seed), folder / "plain", folder / "torn", 0
     plain.mkdir(), torn.mkdir()
-    start = time.perf_counter()
-    assert code_of(train(script, plain)) == 0, (plain / "output.txt").read_text()
-    duration, fell = time.perf_counter() - start, []
-    while True:
-        resumable = list(torn.glob(f"{script}*/checkpoint.pt"))
-        child = train(script, torn, *(["--resume", "--output-dir", str(torn)] if resumable else []))
-        if len(fell) < kills:
-            time.sleep(rng.random() * duration)
-            os.kill(child, number)
-        code = code_of(child)
-        if code == 0:
-            break
-        assert code == (-number if number == signal.SIGKILL else 128 + number), (torn / "output.txt").read_text()
-        output = (torn / "output.txt").read_text()
-        fell.append("before the start" if not resumable and not list(torn.glob(f"{script}*/checkpoint.pt")) else output[-60:])
-    print(json.dumps({"kills": len(fell), "duration": duration}))
+    flags = ["--epochs", 3, "--max-batches", 6, "--eval-interval", 0, *CASES[script], "--output-dir"]
+    assert train(script, plain, [*flags, plain]) == 0, (plain / "output.txt").read_text()
+    apart = 3 * int((plain / "events.txt").read_text()) // (2 * kills + 2)  # the most events from one kill to the next
+    code = None
+    while code != 0:
+        arguments = ["--resume", "--output-dir", torn] if list(torn.glob("0*/checkpoint.pt")) else [*flags, torn]
+        last = fell == kills
+        code = train(script, torn, arguments, *() if last else (number, rng.randint(1, apart), rng.choice([0, 0.05 * rng.random()])))
+        assert code in (0, -number if number == signal.SIGKILL else 128 + number), (torn / "output.txt").read_text()
+        fell += code != 0
+    print(fell)
 
 
 if __name__ == "__main__":
@@ -138,8 +147,10 @@ def test_killed_and_resumed(script, number, kills, seed, tmp_path):
     process = subprocess.run([sys.executable, __file__, script, str(tmp_path), str(int(number)), str(kills), str(seed)],
                              cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert process.returncode == 0, process.stderr
-    print(process.stdout)
-    plain, torn = (content(next((tmp_path / name).glob("0*"))) for name in ("plain", "torn"))
+    assert kills / 2 <= int(process.stdout) <= kills, "a run may end before its last kill"
+    *unfinished, last = sorted((tmp_path / "torn").glob("0*"))
+    assert not any((folder / "checkpoint.pt").exists() for folder in unfinished), "but for those killed before their start"
+    plain, torn = (content(folder) for folder in (next((tmp_path / "plain").glob("0*")), last))
     assert plain.keys() == torn.keys(), "no file is missing, none is left over"
     assert [name for name in plain if plain[name] != torn[name]] == []
     assert len(plain["log.jsonl"]) == 3 and any(name.endswith("final.png") for name in plain)
@@ -228,7 +239,7 @@ def test_a_full_disk_costs_nothing_that_exists(tmp_path, monkeypatch, capsys, nt
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 2 * nth:  # a file and its folder
+        if len(calls) > nth:
             raise error
         fsync(descriptor)
 
@@ -288,7 +299,7 @@ def test_nan_never_replaces_a_good_checkpoint(tmp_path, monkeypatch, capsys, net
     broken(monkeypatch, network, after)
     line = refused(capsys, "03_wgan_gp", *SHORT, "--output-dir", tmp_path, code=1)
     folder = tmp_path / "03_wgan_gp-gaussians-0001"
-    assert f"a weight of {network} is no longer finite in step {noticed} of epoch {noticed // 3}; try smaller --lr-g and --lr-d" in line
+    assert f"the state of {network} is no longer finite in step {noticed}, epoch {noticed // 3}; try smaller --lr-g and --lr-d" in line
     assert f"(the last good checkpoint, of step {good}, is in {folder})" in line
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert kept["step"] == good and all(value.isfinite().all() for value in kept["generator"].values())
@@ -298,7 +309,7 @@ def test_nan_is_noticed_within_a_hundred_steps(tmp_path, monkeypatch, capsys):
     broken(monkeypatch, "generator", 5)
     line = refused(capsys, "03_wgan_gp", *SHORT[:4], "--max-batches", 150, "--batch-size", 4, "--eval-interval", 0,
                    "--output-dir", tmp_path, code=1)
-    assert "is no longer finite in step 100 of epoch 1" in line
+    assert "is no longer finite in step 100, epoch 1" in line
 
 
 def test_growth_beyond_all_sense_is_warned_of_once(tmp_path, monkeypatch, capsys):
@@ -372,6 +383,23 @@ def test_help_without_a_stream_and_names_beyond_the_encoding(tmp_path):
     folder = tmp_path / "敵対的"
     process = script_in_shell(f"{{run}} --output-dir {folder}", PYTHONIOENCODING="ascii")
     assert (process.returncode, process.stderr) == (0, "") and (folder / "03_wgan_gp-gaussians-0001" / "samples" / "final.png").exists()
+
+
+def test_a_folder_that_looks_like_a_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("03_wgan_gp", *SHORT, "--output-dir=-x/a b")
+    command = capsys.readouterr().out.partition("more    python 03_wgan_gp.py ")[2]
+    run("03_wgan_gp", *shlex.split(command))
+    assert (tmp_path / "-x" / "a b" / "03_wgan_gp-gaussians-0001" / "samples" / "generated-64-seed0.png").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.7])
+def test_ctrl_c_while_torch_is_imported(seconds):
+    process = subprocess.Popen([sys.executable, "03_wgan_gp.py", "--dataset", "gaussians"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # noqa: PLW1509
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT
 
 
 def test_a_fault_of_ours_says_so(tmp_path):

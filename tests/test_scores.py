@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from argparse import Namespace
 from pathlib import Path
 

@@ -423,7 +423,7 @@ def test_divergence_stops_the_run(tmp_path, capsys):
         load_script("03_wgan_gp").main(["--dataset", "gaussians", "--gp-weight", "1e39", "--max-batches", "3", "--output-dir", str(tmp_path)])
     assert stop.value.code == 1
     line, = capsys.readouterr().err.splitlines()
-    assert "is no longer finite in step 3 of epoch 1; try a smaller --gp-weight (the last good checkpoint, of step 0, is in" in line
+    assert "is no longer finite in step 3, epoch 1; try a smaller --gp-weight (the last good checkpoint, of step 0, is in" in line
     assert not (tmp_path / "03_wgan_gp-gaussians-0001" / "log.jsonl").exists(), "NaN is no JSON"
 
 
