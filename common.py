@@ -308,13 +308,14 @@ class Parser(argparse.ArgumentParser):
             fail(f"{flag}: {path} was trained by {script}.py; give it to that script")
         table, wrong = self.constants.get(str(options.get("variant"))), ["variant"]
         if table:
-            options = {**self.defaults, **table, **options}  # an older one may lack new flags
+            usual = {**self.defaults, **table}
+            options = {**usual, **options}  # an older one may lack new flags
             flags = {action.dest: action for action in self._actions if action.dest != "variant"}
-            fixed = {"classes": 0, **table}
             wrong = [name for name, value in options.items() if not isinstance(name, str) or
                      not isinstance(value, str | int | float | None) or
-                     name in fixed and name not in flags and options[name] != fixed[name] or
-                     name in flags and options[name] is not None and not fits(flags[name], options[name])]
+                     value is None and usual.get(name) is not None or
+                     name in {"classes", *table} - flags.keys() and value != usual[name] or
+                     name in flags and value is not None and not fits(flags[name], value)]
         if wrong:
             fail(f"{flag}: {path} has options that this script cannot have ({', '.join(map(str, wrong))}); "
                  "it is damaged, or of an older version")
