@@ -137,12 +137,18 @@ LARGE = ("--batch-size", "--latent-dim", "--width", "--image-size", "--generate"
 
 
 def interrupt(number, frame):
-    """The handler of signals: a training ends after its step, anything else now; the same signal again ends at once."""
+    """The handler of signals: a training ends where stop_if_asked says, anything else now; the same again ends at once."""
     signal.signal(number, signal.SIG_DFL)
-    if Run.current and Run.current.in_steps:
+    if Run.current and Run.current.training:
         Run.current.signal = number
     else:
         raise Interrupted(number)
+
+
+def stop_if_asked():
+    """End a training that a signal has asked to end; called where nothing is half done."""
+    if Run.current and Run.current.training and Run.current.signal:
+        raise Interrupted(Run.current.signal)
 
 
 def limit_memory():
@@ -504,7 +510,7 @@ class Run:
         self.args, self.data, self.draw_noise = args, data, draw_noise
         self.plots, self.styles, self.state = plots, styles or {}, state
         self.step, self.history, self.scores = 0, [], {}  # steps done; a row per epoch; the last scores of each checkpoint
-        self.batches, self.in_steps, self.signal, self.large = None, False, None, {}
+        self.batches, self.training, self.signal, self.large = None, False, None, {}
         self.bar = self.lock = self.folder = None
         if args.ema_decay:
             state["average"] = copy.deepcopy(state["generator"])
@@ -530,7 +536,7 @@ class Run:
         return len(self.history)
 
     def __enter__(self):
-        Run.current = self
+        Run.current, self.training = self, True
         return self
 
     def _begin(self):
@@ -579,7 +585,7 @@ class Run:
         self.pipeline.save(self.data.scaled(index.to(self.data.samples.device)).cpu(), 8, self.samples / "real.png")
 
     def __exit__(self, kind, error, trace):
-        self.in_steps = False
+        self.training = False
         if self.lock is not None:
             os.close(self.lock)
         if self.bar is not None:
@@ -618,7 +624,6 @@ class Run:
 
     def steps(self):
         """Counts the generator steps of one epoch; sets the learning rates, updates the moving average."""
-        self.in_steps = True  # a signal waits for the end of the step
         while self.step < (self.epoch + 1) * self.steps_per_epoch:
             left = 1 - self.step / (self.args.epochs * self.steps_per_epoch)
             for optimizer, rates in self.rates:
@@ -637,7 +642,6 @@ class Run:
             if wish == 2:
                 raise Interrupted(self.signal or signal.SIGTERM)
         self.save_checkpoint()
-        self.in_steps = False
 
     def record(self, quantities):
         """Add 0-d tensors by name to this epoch's means; they stay on the device until the epoch ends."""
@@ -833,6 +837,7 @@ def write_whole(path, content):
     """Write a file, text or bytes, whole or not at all; exits with code 1 where that fails."""
     with written(path):
         replace_file(path, content)
+    stop_if_asked()
 
 
 def replace_file(path, content):
@@ -1376,6 +1381,7 @@ def train_classifier(images, labels):
         loss.backward()
         optimizer.step()
         schedule.step()
+        stop_if_asked()
     return network.eval()
 
 
@@ -1482,6 +1488,7 @@ class ImageScorer:
         """Features [N, FEATURES] and class probabilities [N, 10] of batches of images in [-1, 1]."""
         features = []
         for images in batches:
+            stop_if_asked()
             refuse_nan(images)
             pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
             if pixels.size(3) != 28:
