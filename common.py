@@ -60,7 +60,7 @@ from csrc.ops import fused  # noqa: F401  for the scripts
 
 # Under torchrun this process is one of RANKS that train together, each on its share of the data and of the batch.
 # The first, rank 0, speaks and writes for all.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------------------------
 # 1  Command line
@@ -117,7 +117,7 @@ def guarded(main):
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
         if size or isinstance(error, MemoryError):
             given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
@@ -410,7 +410,7 @@ def join_ranks(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if RANK:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def average_gradients(optimizer, *_):

@@ -185,7 +185,7 @@ def digits_of(count):
     ("02_dcgan", ["--image-size", "64", "--channels", "3"], 64, 3),
     ("02_dcgan", [], 28, 1),
     ("06_stylegan_blocks", ["--image-size", "64", "--channels", "3", "--width", "32", "--latent-dim", "8"], 64, 3),
-    ("06_stylegan_blocks", ["--image-size", "128", "--width", "32", "--latent-dim", "8"], 128, 1)])
+    pytest.param("06_stylegan_blocks", ["--image-size", "128", "--width", "32", "--latent-dim", "8"], 128, 1, marks=pytest.mark.slow)])
 def test_end_to_end(tmp_path, script, flags, size, channels):
     for seed in range(9):
         paint(tmp_path / "images" / f"{seed % 2}" / f"{seed}.png", (70, 90), seed=seed)

@@ -103,7 +103,8 @@ def test_two_halves_give_the_gradients_of_the_whole(script, tmp_path, monkeypatc
         torch.testing.assert_close(first[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("script, flags", [("03_wgan_gp", []), ("06_stylegan_blocks", ["--width", "32", "--latent-dim", "8"])])
+@pytest.mark.parametrize("script, flags", [
+    ("03_wgan_gp", []), pytest.param("06_stylegan_blocks", ["--width", "32", "--latent-dim", "8"], marks=pytest.mark.slow)])
 def test_one_run_of_two_processes(script, flags, tmp_path):
     process = torchrun(__file__, "train", script, tmp_path, "--dataset", "digits", "--epochs", 2, "--max-batches", 2, "--batch-size", 16,
                        "--device", "cpu", "--eval-interval", 0, "--output-dir", tmp_path / "runs", *flags)

@@ -172,6 +172,7 @@ def scorer(few_digits):
     return common.make_scorer(Namespace(dataset="digits", data_dir="unused", channels=1, classes=10, eval_interval=1))
 
 
+@pytest.mark.slow
 def test_classifier_reads_99_percent(monkeypatch, tmp_path, capsys):
     """On all drawn digits; trained once, the same again, without a random number of the training."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
