@@ -167,7 +167,7 @@ class Generator(nn.Module):
         self.image_size, self.level = image_size, float(len(sizes) - 1)
 
     def get_extra_state(self):
-        return torch.tensor(self.level)             # a checkpoint holds the level, too
+        return torch.tensor(self.level, dtype=torch.float64)    # a checkpoint holds the level, too
 
     def set_extra_state(self, state):
         self.level = state.item()

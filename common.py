@@ -14,6 +14,7 @@ and section 5.
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import gzip
 import hashlib
@@ -60,7 +61,8 @@ from csrc.ops import fused  # noqa: F401  for the scripts
 
 # Under torchrun this process is one of RANKS that train together, each on its share of the data and of the batch.
 # The first, rank 0, speaks and writes for all.
-RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0")) if RANKS > 1 else 0
 
 # ---------------------------------------------------------------------------------------------
 # 1  Command line
@@ -111,8 +113,8 @@ def guarded(main):
                and signal.getsignal(number) == signal.SIG_DFL]  # else ignored, as by nohup
     for number in signals:
         signal.signal(number, interrupt)
-    limit_memory()
     try:
+        limit_memory()
         main()
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
@@ -123,7 +125,7 @@ def guarded(main):
             given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
             fail(f"there is too little memory{f' for another {size[1]}' * bool(size)}; "
                  f"lower {' or '.join(given or ['--batch-size'])}", 1 if Run.current and Run.current.step else 2)
-        if RANK:  # it lost the others, most often: rank 0 says why
+        if RANKS > 1 and isinstance(error, RuntimeError):  # it lost another one, most often, which says why
             fail(f"process {RANK} of {RANKS} stopped: {str(error).partition(chr(10))[0]}", code=1)
         traceback.print_exc()
         fail("this is a fault of these scripts; please report the lines above, with the command "
@@ -153,14 +155,14 @@ def stop_if_asked():
 
 def limit_memory():
     """Let the system refuse memory that is not free: an error here, where its killer would end the process mute."""
-    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration, OverflowError, TypeError):  # inf: not known
         import resource  # not on Windows
 
         with open("/proc/self/status") as file:
             used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
         if not torch.cuda.is_available():  # CUDA takes addresses without end
             limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (used + free_memory(), limit))
+            resource.setrlimit(resource.RLIMIT_DATA, (used + free_memory() // RANKS, limit))
 
 
 @contextlib.contextmanager
@@ -333,14 +335,17 @@ class Parser(argparse.ArgumentParser):
         if not (given["resume"] or found):
             fail(f"--resume: there is no run of {script} in {folder}; name it, or its folder's folder with --output-dir")
         options, path = self._read("--resume", given.pop("resume") or found[-1])
+        if "digest" not in options:
+            fail(f"--resume: {path} is of an older version, which cannot go on")
         here = {**given, "threads": torch.get_num_threads(), "ranks": RANKS}
         for name, value in here.items():
-            if options.get(name) != value != "auto" and name not in ("epochs", "output_dir"):
+            if options.get(name) != value != "auto" and name not in ("epochs", "output_dir", "data_dir"):
                 fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: a training "
                      "goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
         if given.get("epochs", options["epochs"]) < options["epochs"]:
             fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
-        return {**options, "epochs": given.get("epochs", options["epochs"]), "run": None, "resume": str(path)}
+        moved = {name: given[name] for name in ("epochs", "data_dir") if name in given}
+        return {**options, **moved, "output_dir": str(path.parent.parent), "run": None, "resume": str(path)}
 
     def _options_of_run(self, given):
         options, path = self._read("--from", given.pop("run"))
@@ -384,12 +389,20 @@ def prepare(args):
     print(f"{args.script}, {args.variant}, seed {args.seed}")
     print(f"device  {args.device}{name}, {torch.get_num_threads()} threads, torch {torch.__version__}" +
           f", {RANKS} processes" * (RANKS > 1))
+    if RANK:  # after rank 0, which may have to download them
+        distributed.barrier()
     data = load_data(args.dataset, args.data_dir, "train", args.device, getattr(args, "image_size", 28), args.channels)
+    if RANKS > 1 and not RANK:
+        distributed.barrier()
     args.dataset, args.threads, args.ranks = data.name, torch.get_num_threads(), RANKS
     digest = zlib.crc32(data.samples.cpu().numpy())
+    if largest_of_ranks(digest) != digest:
+        fail("the processes have found different data")
     if args.resume and args.digest != digest:
-        fail(f"--resume: the data in {args.data_dir} are not those that the run was trained on")
-    args.digest = digest
+        fail(f"--resume: the data of {data.name} are not those that the run was trained on")
+    if args.resume and args.torch != torch.__version__:
+        print(f"resume  trained with torch {args.torch} so far: what follows is not the same to the bit")
+    args.digest, args.torch = digest, str(torch.__version__)  # its own type is no plain string
     if args.eval_interval and data.name in CLASSIFIED:
         data, held_out = hold_out(data)
         print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
@@ -408,7 +421,8 @@ def join_ranks(args):
         fail(f"--batch-size {args.batch_size} cannot be shared by {RANKS} processes; take a larger multiple of {RANKS}")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo",
+                                   timeout=datetime.timedelta(hours=2))  # rank 0 draws and scores meanwhile
     if RANK:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -565,6 +579,7 @@ class Run:
                 self._picture()
         if not args.resume:
             self.save_checkpoint()
+        stop_if_asked()
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch, initial=self.step, unit="step",
                         disable=True if RANK else None, leave=False, dynamic_ncols=True)  # None: shown on terminals only
         self.step_saved, self.saved = self.step, time.perf_counter()
@@ -663,9 +678,11 @@ class Run:
                 bad.append(f"the state of {name}")
         weights = [flag for flag in ("gp_weight", "r1_weight") if getattr(self.args, flag, 0) > 100]
         advice = f"try a smaller --{weights[0].replace('_', '-')}" if weights else "try smaller --lr-g and --lr-d"
-        if bad:
+        if largest_of_ranks(bool(bad)):
             self.bar.close()
-            fail(f"{bad[0]} is no longer finite in step {self.step}, epoch {self.epoch + 1}; {advice} "
+            if RANK:
+                raise SystemExit(1)
+            fail(f"{bad[0] if bad else 'a number in another process'} is no longer finite in step {self.step}, epoch {self.epoch + 1}; {advice} "
                  f"(the last good checkpoint, of step {self.step_saved}, is in {self.folder})", code=1)
         for name, value in means.items():
             if 1e6 < self.large.get(name, 0) < abs(value):
@@ -751,18 +768,20 @@ class Run:
             self._check()
         now = time.perf_counter()
         place = {"random": torch.get_rng_state(), "sums": {}, "seconds": 0.0, "order": None}
-        if self.args.device == "cuda":
-            place["random_cuda"] = torch.cuda.get_rng_state()
+        if self.args.device != "cpu":
+            place["random_device"] = torch.get_device_module(self.args.device).get_rng_state()
         if self.batches is not None:
             self.seconds += now - self.lap
-            place |= {"sums": self.sums, "seconds": self.seconds, "order": self.batches.order, "position": self.batches.position}
+            place |= {"sums": {name: (total.cpu(), count) for name, (total, count) in self.sums.items()},
+                      "seconds": self.seconds, "order": self.batches.order.cpu(), "position": self.batches.position}
         places = [place]
         if RANKS > 1:
             places = [None] * RANKS if not RANK else None
             distributed.gather_object(place, places)
         if not RANK:
             content = {**self._content(), "places": places, "history": self.history, "scores": self.scores}
-            write_whole(self.folder / "checkpoint.pt", packed(content))
+            with written(self.folder / "checkpoint.pt"):
+                replace_file(self.folder / "checkpoint.pt", packed(content))
         self.step_saved, self.saved = self.step, time.perf_counter()
         self.lap = self.saved
 
@@ -775,15 +794,18 @@ class Run:
             self.step, self.history, self.scores = content["step"], content["history"], content["scores"]
             place = content["places"][RANK]
             torch.set_rng_state(place["random"])
-            if "random_cuda" in place:
-                torch.cuda.set_rng_state(place["random_cuda"])
+            if "random_device" in place:
+                torch.get_device_module(self.args.device).set_rng_state(place["random_device"])
             if place["order"] is not None and self.step > self.epoch * self.steps_per_epoch:
                 device = self.args.device
                 self.sums = {name: (total.to(device), count) for name, (total, count) in place["sums"].items()}
                 self.seconds, self.batches = place["seconds"], self.data.batches(self.args.batch_size)
                 self.batches.order, self.batches.position = place["order"].to(device), place["position"]
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # noqa: BLE001  whatever a damaged file raises
-            fail(f"--resume: {self.args.resume} is damaged, or of an older version ({type(error).__name__})")
+            fail(f"--resume: {self.args.resume} has no whole place in a training: it is a best.pt, damaged, "
+                 f"or of an older version ({type(error).__name__})")
         if self.epoch >= self.args.epochs:
             fail(f"--resume: the run is complete after {self.epoch} epochs; a larger --epochs trains on")
 
@@ -792,7 +814,7 @@ def largest_of_ranks(wish):
     """The largest of all ranks' numbers, so that they save and stop together."""
     if RANKS == 1:
         return wish
-    wish = torch.tensor(float(wish), device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    wish = torch.tensor(wish, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(wish, distributed.ReduceOp.MAX)
     return wish.item()
 
@@ -808,13 +830,15 @@ def only_here(folder):
         except BlockingIOError:
             os.close(lock)
             fail(f"another process is training in {folder}")
+        except OSError as error:  # a file system without locks
+            print(f"output  {folder} cannot be locked ({error.strerror}): start no second process in it")
         return lock
 
 
 def sweep(folder):
     """Remove what killed processes left half-written in a run's folder."""
-    for path in folder.rglob("*.*.*.tmp"):
-        if not os.path.exists(f"/proc/{path.suffixes[-2][1:]}"):
+    for path in [*folder.glob("*.*.*.tmp"), *folder.glob("samples/*.*.*.tmp")]:
+        if os.path.exists("/proc/self") and not os.path.exists(f"/proc/{path.suffixes[-2][1:]}"):
             path.unlink(missing_ok=True)
 
 
@@ -866,7 +890,6 @@ def sample_run(make_generator, shape, draw_noise, args, styles=None):
         generator = make_generator(*shape)
     load_generator(generator, run, args.device)
     choose_kernels(args)
-    sweep(run.parent)
     pipeline = Pipeline(generator, draw_noise, args)
     wishes = {}
     if args.generate:

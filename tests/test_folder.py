@@ -182,7 +182,7 @@ def digits_of(count):
 
 
 @pytest.mark.parametrize("script, flags, size, channels", [
-    ("02_dcgan", ["--image-size", "64", "--channels", "3"], 64, 3),
+    pytest.param("02_dcgan", ["--image-size", "64", "--channels", "3"], 64, 3, marks=pytest.mark.slow),
     ("02_dcgan", [], 28, 1),
     ("06_stylegan_blocks", ["--image-size", "64", "--channels", "3", "--width", "32", "--latent-dim", "8"], 64, 3),
     pytest.param("06_stylegan_blocks", ["--image-size", "128", "--width", "32", "--latent-dim", "8"], 128, 1, marks=pytest.mark.slow)])

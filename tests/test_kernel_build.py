@@ -95,6 +95,7 @@ def test_a_killed_build_hinders_nobody(tmp_path, quick):
     assert not list(tmp_path.parent.glob("gan-kernels-*"))
 
 
+@pytest.mark.slow
 def test_eight_at_once_compile_once(tmp_path, quick):
     outputs = [finish(process) for process in [start(tmp_path, CXX=quick, OMP_NUM_THREADS="1") for _ in range(8)]]
     assert sum("kernels compiling csrc/ for cpu, once" in output for output in outputs) == 1

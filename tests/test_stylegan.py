@@ -467,7 +467,7 @@ def test_interrupted_while_small(run, module, tmp_path, capsys):
     """What a run stopped at 4x4 cannot show is refused in one line; at 8x8 one crossing is left."""
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     for level, panels in [(0.0, 0), (0.5, 1)]:
-        checkpoint["average"]["_extra_state"] = torch.tensor(level)
+        checkpoint["average"]["_extra_state"] = torch.tensor(level, dtype=torch.float64)
         torch.save(checkpoint, tmp_path / "checkpoint.pt")
         if panels:
             module.main(["--from", str(tmp_path), "--styles"])
