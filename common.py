@@ -108,7 +108,7 @@ def guarded(main):
         pass
     sys.stdout, sys.stderr = (  # "replace": "?" for what a terminal's encoding lacks
         io.TextIOWrapper(io.BufferedWriter(Output(number, "w", closefd=False)), getattr(stream, "encoding", None), "replace",
-                         line_buffering=number == 2 or os.isatty(number)) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
+                         line_buffering=True) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
     signals = [number for number in signal.valid_signals() if getattr(number, "name", "") in ("SIGINT", "SIGTERM", "SIGHUP")
                and signal.getsignal(number) == signal.SIG_DFL]  # else ignored, as by nohup
     for number in signals:
