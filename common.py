@@ -340,8 +340,8 @@ class Parser(argparse.ArgumentParser):
         here = {**given, "threads": torch.get_num_threads(), "ranks": RANKS}
         for name, value in here.items():
             if options.get(name) != value != "auto" and name not in ("epochs", "output_dir", "data_dir"):
-                fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: a training "
-                     "goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
+                fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: "
+                     "a training goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
         if given.get("epochs", options["epochs"]) < options["epochs"]:
             fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
         moved = {name: given[name] for name in ("epochs", "data_dir") if name in given}
@@ -572,7 +572,8 @@ class Run:
               f", resumed after step {self.step}" * bool(args.resume), flush=True)
         if not RANK:
             versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "matplotlib")}
-            options = {**self._options(), "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
+            versions |= {"python": platform.python_version(), "torch": torch.__version__}
+            options = {**self._options(), "versions": versions}
             write_whole(self.folder / "options.json", json.dumps(options, indent=2) + "\n")
             if not args.resume:
                 self._save_real(len(self.latents[0]))
@@ -605,7 +606,7 @@ class Run:
             os.close(self.lock)
         if self.bar is not None:
             self.bar.close()
-        if kind and self.folder and not self.step and not self.args.resume and not RANK:  # nothing was trained: nothing is left behind
+        if kind and self.folder and not self.step and not self.args.resume and not RANK:  # nothing was trained
             shutil.rmtree(self.folder, ignore_errors=True)
         elif kind and issubclass(kind, KeyboardInterrupt):
             if not RANK and self.history:
@@ -682,7 +683,8 @@ class Run:
             self.bar.close()
             if RANK:
                 raise SystemExit(1)
-            fail(f"{bad[0] if bad else 'a number in another process'} is no longer finite in step {self.step}, epoch {self.epoch + 1}; {advice} "
+            fail(f"{bad[0] if bad else 'a number in another process'} is no longer finite "
+                 f"in step {self.step}, epoch {self.epoch + 1}; {advice} "
                  f"(the last good checkpoint, of step {self.step_saved}, is in {self.folder})", code=1)
         for name, value in means.items():
             if 1e6 < self.large.get(name, 0) < abs(value):
@@ -697,7 +699,8 @@ class Run:
         if RANKS > 1:
             distributed.all_reduce(means)
         row = dict(zip(self.sums, (means / RANKS).tolist()))
-        self.history.append({"epoch": self.epoch + 1, "step": self.step, "seconds": round(self.seconds, 3), **row, **self.notes})
+        self.history.append({"epoch": self.epoch + 1, "step": self.step, "seconds": round(self.seconds, 3),
+                             **row, **self.notes})
         if RANK:
             return
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
@@ -937,7 +940,8 @@ def evaluate_run(pipeline, path):
     scorer = make_scorer(pipeline.args)
     if not scorer:
         fail(f"--evaluate: {NO_SCORES}")
-    scores = {file.name: {"epoch": load_generator(pipeline.generator, file, pipeline.device), **scorer(pipeline)} for file in files}
+    scores = {file.name: {"epoch": load_generator(pipeline.generator, file, pipeline.device), **scorer(pipeline)}
+              for file in files}
     show_scores(scorer, scores)
     target = path.with_name("metrics.json" if whole else f"metrics-{path.stem}.json")
     save_scores(scorer, pipeline.args.seed, scores, target)
@@ -1659,7 +1663,8 @@ def save_figure(figure, path):
 
 def save_film(pictures, path):
     """A looping GIF of PNG files, the last one shown longer."""
-    frames, content = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures], io.BytesIO()
+    frames = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
+    content = io.BytesIO()
     frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[250] * (len(frames) - 1) + [2000])
     write_whole(path, content.getvalue())
