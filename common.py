@@ -1324,13 +1324,20 @@ FEATURES = 64  # of the classifier
 NEIGHBOURS = 3  # k of precision and recall (arXiv 1904.06991)
 
 
+def finite(samples):
+    """`samples`, or what was computed of them; exits with code 1 if a number of them is infinite or NaN."""
+    if not samples.isfinite().all():
+        fail("the generator's samples are not finite numbers: there is nothing to score", code=1)
+    return samples
+
+
 def inception_score(probabilities):
     """exp(mean_i KL(p_i || mean of p)) of class probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
 
     It falls when classes are lost or unclear, not when all images of a class are alike (erratum 48). What real
     images score depends on the classifier (erratum 47).
     """
-    p = probabilities.double()
+    p = finite(probabilities).double()
     return torch.special.xlogy(p, p / p.mean(0).clamp(min=1e-300)).sum(1).mean().exp().item()
 
 
@@ -1340,7 +1347,7 @@ def frechet_distance(features, reference):
     m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to the features
     (erratum 50).
     """
-    (m1, s1), (m2, s2) = ((part.mean(0), part.T.cov()) for part in (features.double(), reference.double()))
+    (m1, s1), (m2, s2) = ((part.mean(0), part.T.cov()) for part in (finite(features).double(), reference.double()))
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # the eigenvalues of S1 S2 are those of root S2 root
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
@@ -1357,7 +1364,7 @@ def precision_recall(features, reference):
         return torch.cat([torch.cdist(part, members).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
                           for part in members.split(500)])
 
-    features, reference = features.double(), reference.double()
+    features, reference = finite(features).double(), reference.double()
     radius, inside, covered = radii(reference), 0, torch.zeros(len(reference), dtype=torch.bool)
     for part, own_radius in zip(features.split(500), radii(features).split(500)):
         distance = torch.cdist(part, reference)  # [500, M]
@@ -1434,19 +1441,13 @@ def load_classifier(data):
     return network
 
 
-def refuse_nan(samples):
-    if not samples.isfinite().all():
-        fail("the generator's samples are not finite numbers: there is nothing to score", code=1)
-
-
 def mixture_scores(points, centres, sigma):
     """PacGAN's scores (arXiv 1712.04086, 4.1) of points [N, 2] for Gaussians around centres [K, 2].
 
     A point counts for its nearest centre if it lies within 3 sigma of it; one such point captures a mode. KL is
     that of the counts from K equal shares, None if no point counts.
     """
-    distance, nearest = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    refuse_nan(points)
+    distance, nearest = torch.cdist(finite(points), centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     counts = nearest[distance < 3 * sigma].bincount(minlength=len(centres))
     return {"modes": (counts > 0).sum().item(), "high_quality": counts.sum().item() / len(points),
             "KL": divergence(counts, 1 / len(centres)), "counts": counts.tolist()}
@@ -1516,8 +1517,7 @@ class ImageScorer:
         features = []
         for images in batches:
             stop_if_asked()
-            refuse_nan(images)
-            pixels = ((images.clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
+            pixels = ((finite(images).clamp(-1, 1) + 1) * 127.5).round() / 255  # 8 bits, as in a file
             if pixels.size(3) != 28:
                 pixels = F.adaptive_avg_pool2d(pixels, 32)[:, :, 2:-2, 2:-2]  # back from `enlarge`
             features.append(self.classifier[:-1](pixels.mean(1, keepdim=True)))  # the classifier reads grey values

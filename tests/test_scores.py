@@ -17,7 +17,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchvision.utils import save_image
 
 import common
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, snapshot, unchanged
 
 QUICK = ["--dataset", "digits", "--max-batches", "2", "--batch-size", "16", "--device", "cpu"]
 
@@ -108,6 +108,23 @@ def test_divergence_against_scipy():
     assert common.divergence(torch.zeros(4), shares) is None
     assert common.divergence(counts, torch.tensor([0.5, 0.5, 0.0, 0.0])) is None
     assert common.divergence(torch.tensor([5, 5, 0]), torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("score", [
+    common.inception_score, lambda samples: common.frechet_distance(samples, torch.rand(9, 2)),
+    lambda samples: common.precision_recall(samples, torch.rand(9, 2)),
+    lambda samples: common.mixture_scores(samples, *common.MIXTURES["ring"]),
+    lambda samples: common.ImageScorer.read(None, [samples.view(1, 1, 3, 6)])],
+    ids=["IS", "FD", "precision", "points", "images"])
+def test_what_is_not_finite_has_no_score(score, value, capsys):
+    """One such number is enough, whichever score comes first: one line, exit code 1."""
+    samples = torch.rand(9, 2)
+    samples[4, 1] = value
+    with pytest.raises(SystemExit) as stop:
+        score(samples)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.endswith("samples are not finite numbers: there is nothing to score")
 
 
 # ----------------------------------------------------------------------------------------- points
@@ -242,6 +259,17 @@ def test_larger_images_are_read_as_they_were(few_digits, size, channels):
         torch.testing.assert_close(large.reference, plain.reference)
     assert next(large.real(large.test)).shape == (250, channels, size, size)
     assert abs(large.about["classifier"]["accuracy"] - plain.about["classifier"]["accuracy"]) < 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_are_read_as_a_file_would_hold_them(scorer, channels):
+    """Rounded to 256 levels and cut off at black and white: nothing finer or beyond reaches the classifier."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(49).view(16, 1, 28, 28)
+    rest = torch.linspace(-0.45, 0.45, images.numel()).view(images.shape)
+    samples = ((images + rest) / 127.5 - 1).expand(-1, channels, -1, -1)
+    features, probabilities = scorer.read([torch.where(images == 255, 2, torch.where(images == 0, -2, samples))])
+    torch.testing.assert_close(features, scorer.classifier[:-1](images / 255))
+    torch.testing.assert_close(probabilities, scorer.classifier(images / 255).softmax(1))
 
 
 # ---------------------------------------------------------------------------------- planted sets
@@ -454,14 +482,15 @@ def test_best_is_chosen_by_held_out_images_alone(train, monkeypatch):
 
 def test_moving_average(train, tmp_path):
     """After every step: average <- decay average + (1 - decay) generator; it is what is scored, drawn and kept."""
-    followed = []
+    followed, last = [], {}
     update = common.update_average
 
     def follow(average, generator, decay):
         before = {name: value.clone() for name, value in average.state_dict().items()}
         update(average, generator, decay)
+        last.update(snapshot(generator.state_dict().items()))
         for name, value in average.state_dict().items():
-            new = generator.state_dict()[name]
+            new = last[name]
             torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * new if new.is_floating_point() else new)
         followed.append(average)
 
@@ -471,6 +500,7 @@ def test_moving_average(train, tmp_path):
     assert len(followed) == 4 and len(set(map(id, followed))) == 1
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(value, checkpoint["average"][name]) for name, value in followed[0].state_dict().items())
+    assert unchanged(last, checkpoint["generator"]), "taken after the step, not before"
     assert not torch.equal(checkpoint["average"]["model.0.weight"], checkpoint["generator"]["model.0.weight"])
     plain = train("03_wgan_gp", "--epochs", 2, "--lr-g", 0.01)
     assert (folder / "samples" / "final.png").read_bytes() != (plain / "samples" / "final.png").read_bytes()
@@ -502,9 +532,6 @@ def test_points_are_scored(train, capsys):
     assert metrics["perfect sampler"]["modes"] == 8 and sum(metrics["checkpoint.pt"]["counts"]) <= 2500
     assert table(output)["modes captured"][1] == "8"
     assert [set(row) >= {"modes", "high_quality", "KL"} for row in read_log(folder)] == [True, True]
-    with pytest.raises(SystemExit) as stop:
-        common.mixture_scores(torch.full((5, 2), math.nan), *common.MIXTURES["ring"])
-    assert stop.value.code == 1
 
 
 def test_ctrl_c_keeps_the_scores(train, monkeypatch, capsys):
