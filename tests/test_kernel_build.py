@@ -1,6 +1,7 @@
 """Compiling the kernels on first use: what is compiled when, and what is said where it cannot be done."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def nothing_cached(tmp_path, monkeypatch):
 
 
 def test_compiled_once_then_cached_then_again_for_another_source(tmp_path):
-    """One line the first time, under 10 s of work; none later; a changed header, flag or damaged file is compiled anew."""
+    """One line the first time; none later; a changed header or a damaged file is compiled anew."""
     sources = tmp_path / "copy" / "csrc"
     sources.mkdir(parents=True)
     for path in (ROOT / "csrc").glob("*.*"):
@@ -78,6 +79,45 @@ def test_compiled_once_then_cached_then_again_for_another_source(tmp_path):
     for path in Path(cache, "gan-scripts").glob("*.so"):
         path.write_bytes(path.read_bytes()[:5000])
     assert finish(start(cache, **here)) == first, "a damaged library is compiled anew"
+
+
+CHANGES = {  # what changes -> how, and whether the keys for the CPU and for CUDA change with it
+    "nothing": (lambda folder, patch: None, False, False),
+    "torch": (lambda folder, patch: patch.setattr(torch, "__version__", "2.99"), True, True),
+    "torch's CUDA": (lambda folder, patch: patch.setattr(torch.version, "cuda", "99.9"), True, True),
+    "CXX": (lambda folder, patch: patch.setenv("CXX", "another"), True, True),
+    "another variable": (lambda folder, patch: patch.setenv("CXXX", "another"), False, False),
+    "flags": (lambda folder, patch: patch.setattr(build, "flags", lambda device: ["-O1"]), True, True),
+    "machine": (lambda folder, patch: patch.setattr(build.platform, "machine", lambda: "another"), True, True),
+    "processor": (lambda folder, patch: change(folder / "cpuinfo", "sse", "avx"), True, False),
+    "clock": (lambda folder, patch: change(folder / "cpuinfo", "1000", "2000"), False, False),
+    "GPU": (lambda folder, patch: patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0"), False, True),
+    "header": (lambda folder, patch: change(folder / "kernels.h", "int", "long"), True, True),
+    "C++ source": (lambda folder, patch: change(folder / "cpu.cpp", "int", "long"), True, True),
+    "CUDA source": (lambda folder, patch: change(folder / "cuda.cu", "int", "long"), True, True),
+    "Python source": (lambda folder, patch: change(folder / "ops.py", "int", "long"), False, False),
+}
+
+
+def change(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_library_is_kept_for_what_it_depends_on(what, tmp_path, monkeypatch):
+    """Its key in the cache changes with all that it is compiled from and for, and with nothing else."""
+    for name in ("kernels.h", "cpu.cpp", "cuda.cu", "ops.py"):
+        (tmp_path / name).write_text("int")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\ncpu MHz\t: 1000\nflags\t: fpu sse\n")
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "open", lambda path: io.StringIO((tmp_path / "cpuinfo").read_text()), raising=False)
+    monkeypatch.setattr(build, "flags", lambda device: ["-O3"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu, cuda = build.fingerprint("cpu"), build.fingerprint("cuda")
+    alter, *expected = CHANGES[what]
+    alter(tmp_path, monkeypatch)
+    assert [build.fingerprint("cpu") != cpu, build.fingerprint("cuda") != cuda] == expected
+    assert cpu != cuda
 
 
 def test_a_killed_build_hinders_nobody(tmp_path, quick):
@@ -259,15 +299,14 @@ def test_a_script_falls_back_or_leaves(tmp_path):
 
 
 def test_cuda_sources_compile_link_and_load_where_nvcc_is(tmp_path):
-    """The real extension, with the toolkit that the build finds by itself; it runs nowhere here. At most 30 s."""
+    """The real extension, with the toolkit that the build finds by itself; it runs nowhere here."""
     if not build.shutil.which("nvcc"):
         pytest.skip("no nvcc on the PATH")
-    program = ("import time, torch; from csrc import build; start = time.time(); build.load('cuda'); seconds = time.time() - start\n"
-               "print(torch.ops.gan_cuda.penalty, torch.ops.gan_cuda.adain_backward, seconds)")
+    program = ("import torch; from csrc import build; build.load('cuda')\n"
+               "print(torch.ops.gan_cuda.penalty, torch.ops.gan_cuda.adain_backward)")
     environment = {name: "" for name in ("CUDA_HOME", "CUDA_PATH")}
     output = finish(start(tmp_path, program, **environment))
-    assert output[0] == "kernels compiling csrc/ for cuda, once" and output[1].startswith("gan_cuda.penalty gan_cuda.adain_backward")
-    assert len(output) == 2 and float(output[1].split()[-1]) < 30
+    assert output == ["kernels compiling csrc/ for cuda, once", "gan_cuda.penalty gan_cuda.adain_backward"]
     assert len(libraries(tmp_path)) == 1
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -101,6 +102,24 @@ def test_two_halves_give_the_gradients_of_the_whole(script, tmp_path, monkeypatc
     for name, gradient in whole.items():
         assert torch.equal(first[name], second[name]), "both make the same step"
         torch.testing.assert_close(first[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_sample_belongs_to_one_process(ranks, tmp_path, monkeypatch):
+    """All have as many, so that fewer samples than there are processes may be left out."""
+    data, shares = common.Data("ring", torch.zeros(100, 2), torch.arange(100)), []
+    monkeypatch.setattr(common, "RANKS", ranks)
+    monkeypatch.setattr(common, "join_ranks", lambda args: None)
+    monkeypatch.setattr(common, "largest_of_ranks", lambda wish: wish)
+    monkeypatch.setattr(common, "load_data", lambda *_: data)
+    monkeypatch.setattr(common.distributed, "barrier", lambda: None)
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "RANK", rank)
+        args = Namespace(script="", variant="", dataset="ring", data_dir="", output_dir=tmp_path, channels=1, seed=0,
+                         device="cpu", resume=None, eval_interval=0, batch_size=6)
+        shares.append(common.prepare(args).labels.tolist())
+    assert {len(share) for share in shares} == {100 // ranks}
+    assert len({label for share in shares for label in share}) == 100 // ranks * ranks
 
 
 @pytest.mark.parametrize("script, flags", [
