@@ -89,8 +89,8 @@ def flags(device):
     target = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
     if device == "cuda":
         return {"extra_cflags": [*target, "-DUSE_CUDA"], "extra_cuda_cflags": ["-O3"]}
-    native = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    return {"extra_cflags": [*target, "-fopenmp-simd", *native]}
+    native = ["-march=native", "-mtune=generic", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+    return {"extra_cflags": [*target, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *native]}
 
 
 def fingerprint(device):

@@ -17,7 +17,8 @@ TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what 
 SHAPES = {"penalty": [(64, 784), (300, 784), (4096, 784), (512, 3072), (64, 49152)],
           "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
                     (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
-LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of as many samples as the last cache cannot hold
+LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of so many samples that the last cache holds a fourth
+GRAPH = 20  # calls in a CUDA graph: what it takes to launch one does not count
 PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
 
 
@@ -42,7 +43,7 @@ def compare(formula, step, device, free, table):
     keep_freed_memory()
     large = beyond_the_cache(LARGE[kind], device, free)
     if large is None:
-        yield f"compare no shape beyond the last cache: too little memory is free for {LARGE[kind]}"
+        yield "compare no shape beyond the last cache: too little memory is free for a tensor four times as large"
     yield (f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
            "  MB   GB/s  of copy  gain   error: reference, fused, compile")
     for shape in [*SHAPES[kind], *[large] * bool(large)]:
@@ -78,7 +79,8 @@ def compare_shape(formula, shape, device):
     tasks = {("both passes", name): lambda f=f: results(kind, f, tensors) for name, f in sound.items()}
     tasks |= {("forward", name): lambda f=f: forward(kind, f, tensors) for name, f in sound.items()}
     tasks["copy"] = lambda: copy.copy_(tensors[0].detach())
-    times = measure({name: launched_at_once(task, device) for name, task in tasks.items()}, device)
+    calls = GRAPH if device == "cuda" else 1
+    times = measure({name: launched_at_once(task, device) for name, task in tasks.items()}, device, calls)
     rows = []
     for label, passes in zip(["forward", "both passes"], PASSES[kind]):
         row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors,
@@ -131,7 +133,7 @@ def results(kind, function, tensors):
 
 
 def launched_at_once(task, device):
-    """On a GPU the task as a CUDA graph: small shapes then show the kernels' time, not Python's to launch them."""
+    """On a GPU the task GRAPH times as one CUDA graph: the kernels' time then shows, not that to launch them."""
     if device != "cuda":
         return task
     other = torch.cuda.Stream()  # where PyTorch wants a task warmed up before it is captured
@@ -142,24 +144,28 @@ def launched_at_once(task, device):
     torch.cuda.current_stream().wait_stream(other)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        task()
+        for _ in range(GRAPH):
+            task()
     return graph.replay
 
 
-def measure(tasks, device):
-    """Seconds per call of each task: {"median", "spread", "best"}, from rounds that visit all of them in turn."""
+def measure(tasks, device, calls=1):
+    """Seconds per call: {"median", "spread", "best"} of each task, from rounds that visit all of them in turn.
+
+    calls: of what is measured in each task.
+    """
     def seconds(task, repeats):
         wait(device)
         start = time.perf_counter()
         for _ in range(repeats):
             task()
         wait(device)
-        return (time.perf_counter() - start) / repeats
+        return (time.perf_counter() - start) / repeats / calls
 
     repeats, found = {}, {name: [] for name in tasks}
     for name, task in tasks.items():
         seconds(task, 2)  # warm up
-        repeats[name] = max(1, min(1000, int(0.02 / seconds(task, 1))))
+        repeats[name] = max(1, min(1000, int(0.02 / calls / seconds(task, 1))))
     for _ in range(ROUNDS):
         for name, task in tasks.items():
             found[name].append(seconds(task, repeats[name]))
@@ -201,14 +207,17 @@ def keep_freed_memory():
 
 
 def beyond_the_cache(shape, device, free):
-    """The shape with so many samples that one tensor exceeds the last cache; None if `free` bytes are too few."""
+    """The shape with so many samples that a tensor is four times as large as the last cache, or None.
+
+    None if `free` bytes are too few for that.
+    """
     if device == "cuda":
         cache, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
     else:
         sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
         cache = max((int(size[:-1]) * 2**{"K": 10, "M": 20}[size[-1]] for size in sizes), default=2**25)
     samples = shape[0]
-    while 4 * samples * torch.Size(shape[1:]).numel() < 1.1 * cache:
+    while 4 * samples * torch.Size(shape[1:]).numel() < 4 * cache:
         samples *= 2
     shape = (samples, *shape[1:])
     return shape if 12 * 4 * torch.Size(shape).numel() < free else None  # the reference keeps up to ten of its size

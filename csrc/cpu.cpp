@@ -7,6 +7,10 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -51,44 +55,60 @@ template <class T> using Real = std::conditional_t<std::is_same_v<T, double>, do
 
 // ---------------------------------------------------------------------------------------- loops
 // PyTorch's C interface takes a function and a pointer, no lambda; 32,768: its own least number of operations per core.
-template <class Body> void parallel(Where where, int64_t count, int64_t cost, Body body) {
+template <class Body> void parallel(Where where, int64_t count, int64_t cost, Body body) {       // body(begin, end)
   if (count == 0) return;
-  auto part = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
-  };
+  auto part = [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); };
   where.parallel(count, 1 + 32768 / (1 + cost), part, &body);
 }
 
-// `omp simd` lets the compiler vectorise the loops below: by itself it may not change the order of a sum of floats.
-// 16-bit numbers go 32 or 64 at a time, the rest of a loop then 16 at a time. Bodies and terms capture by value: what
-// is read through a reference could change with every write, and nothing would vectorise.
-template <class T> inline int64_t wide_part(int64_t count) { return sizeof(T) == 2 ? count / 64 * 64 : count; }
-
-template <class T, class Body> inline void each(int64_t count, Body body) {
-  const int64_t wide = wide_part<T>(count);
+// `omp simd` has the compiler vectorise a loop. Bodies capture by value where they can: what is read through a reference
+// could change with every write.
+template <int N, class Body> inline void lanes(Body body) {
 #pragma omp simd
-  for (int64_t k = 0; k < wide; ++k) body(k);
-#pragma omp simd simdlen(16)
-  for (int64_t k = wide; k < count; ++k) body(k);
+  for (int l = 0; l < N; ++l) body(l);
+}
+
+// The compiler may not change the order of a sum of floats. So WIDE sums run side by side, which fills two vectors of
+// AVX-512: the next addition need not wait for the last. Folded, they leave NARROW ones, and these a single one.
+constexpr int WIDE = 32, NARROW = 16;
+
+template <class Body> inline void each(int64_t count, Body body) {
+  int64_t k = 0;
+  for (; k + WIDE <= count; k += WIDE) lanes<WIDE>([=](int l) { body(k + l); });
+  for (; k + NARROW <= count; k += NARROW) lanes<NARROW>([=](int l) { body(k + l); });
+  for (; k < count; ++k) body(k);
+}
+
+template <class R> inline R total(R (&a)[NARROW]) {
+  lanes<8>([&](int l) { a[l] += a[l + 8]; });
+  lanes<4>([&](int l) { a[l] += a[l + 4]; });
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 struct Sums { double first = 0, second = 0; };
 
 // Two sums at once: term(k, a, b) adds to both. Within a chunk in R, from chunk to chunk in double.
-template <class T, class Term> inline Sums sum(int64_t count, Term term) {
+template <class R, class Term> inline Sums sum(int64_t count, Term term) {
   constexpr int64_t chunk = 4096;
-  Sums total;
+  Sums sums;
   for (int64_t begin = 0; begin < count; begin += chunk) {
-    const int64_t end = std::min(begin + chunk, count), wide = wide_part<T>(end);
-    Real<T> a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-    for (int64_t k = begin; k < wide; ++k) term(k, a, b);
-#pragma omp simd simdlen(16) reduction(+ : a, b)
-    for (int64_t k = wide; k < end; ++k) term(k, a, b);
-    total.first += a;
-    total.second += b;
+    const int64_t end = std::min(begin + chunk, count);
+    int64_t k = begin;
+    R a[NARROW] = {}, b[NARROW] = {};
+    if (k + WIDE <= end) {
+      R wide_a[WIDE] = {}, wide_b[WIDE] = {};
+      for (; k + WIDE <= end; k += WIDE) lanes<WIDE>([&, k](int l) { term(k + l, wide_a[l], wide_b[l]); });
+      lanes<NARROW>([&](int l) {
+        a[l] = wide_a[l] + wide_a[l + NARROW];
+        b[l] = wide_b[l] + wide_b[l + NARROW];
+      });
+    }
+    for (; k + NARROW <= end; k += NARROW) lanes<NARROW>([&, k](int l) { term(k + l, a[l], b[l]); });
+    for (int l = 0; k < end; ++k, ++l) term(k, a[l], b[l]);
+    sums.first += total(a);
+    sums.second += total(b);
   }
-  return total;
+  return sums;
 }
 
 template <class R> inline R leaky_relu(R value, R slope) { return value > 0 ? value : value * slope; }
@@ -110,10 +130,12 @@ template <class T> void forward(const Penalty& p, Where where) {
   using R = Real<T>;
   const int64_t n = pieces(p.rows, p.columns);
   R *partial = static_cast<R*>(p.partial), *norms = static_cast<R*>(p.norms);
-  parallel(where, p.rows * n, p.columns / n, [&](int64_t i) {
-    const Piece piece(p, i);
-    const T* g = static_cast<const T*>(p.gradient) + piece.begin;
-    partial[i] = R(sum<T>(piece.count, [g](int64_t k, R& s, R&) { const R v = g[k]; s += v * v; }).first);
+  parallel(where, p.rows * n, p.columns / n, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const Piece piece(p, i);
+      const T* g = static_cast<const T*>(p.gradient) + piece.begin;
+      partial[i] = R(sum<R>(piece.count, [g](int64_t k, R& s, R&) { const R v = g[k]; s += v * v; }).first);
+    }
   });
   double total = 0;
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -130,87 +152,163 @@ template <class T> void backward(const Penalty& p, Where where) {
   const int64_t n = pieces(p.rows, p.columns);
   const R *norms = static_cast<const R*>(p.norms), *d_norms = static_cast<const R*>(p.d_norms);
   const R d_penalty = *static_cast<const R*>(p.d_penalty);
-  parallel(where, p.rows * n, p.columns / n, [&](int64_t i) {
-    const Piece piece(p, i);
-    const R norm = norms[piece.row];
-    const R d_norm = d_penalty * 2 * (norm - 1) / R(p.rows) + (d_norms ? d_norms[piece.row] : 0);
-    const R factor = norm == 0 ? 0 : d_norm / norm;                         // at norm 0 the subgradient 0: torch.norm's
-    const T* g = static_cast<const T*>(p.gradient) + piece.begin;
-    T* d_gradient = static_cast<T*>(p.d_gradient) + piece.begin;
-    each<T>(piece.count, [=](int64_t k) { d_gradient[k] = factor * R(g[k]); });
+  parallel(where, p.rows * n, p.columns / n, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const Piece piece(p, i);
+      const R norm = norms[piece.row];
+      const R d_norm = d_penalty * 2 * (norm - 1) / R(p.rows) + (d_norms ? d_norms[piece.row] : 0);
+      const R factor = norm == 0 ? 0 : d_norm / norm;                       // at norm 0 the subgradient 0: torch.norm's
+      const T* g = static_cast<const T*>(p.gradient) + piece.begin;
+      T* d_gradient = static_cast<T*>(p.d_gradient) + piece.begin;
+      each(piece.count, [=](int64_t k) { d_gradient[k] = factor * R(g[k]); });
+    }
   });
 }
 
 // ---------------------------------------------------------------------------------------- AdaIN
 // One instance. It stays in the cache between the loops, which compute it anew from x rather than keep it.
-template <class T, bool NOISE> struct Instance {
-  using R = Real<T>;
-  const T *x, *noise;
+// BEFORE: there is a LeakyReLU before the normalisation.
+template <class R, bool NOISE, bool BEFORE> struct Instance {
+  const R *x, *noise;
   R strength, slope_before;
 
-  Instance(const Adain& a, int64_t i)
-      : x(static_cast<const T*>(a.x) + i * a.pixels),
-        noise(NOISE ? static_cast<const T*>(a.noise) + i / a.channels * a.noise_stride : nullptr),
+  Instance(const Adain& a, int64_t stride, int64_t i)
+      : x(static_cast<const R*>(a.x) + i * stride),
+        noise(NOISE ? static_cast<const R*>(a.noise) + i / a.channels * a.noise_stride : nullptr),
         strength(NOISE ? static_cast<const R*>(a.strength)[i % a.channels * a.strength_stride] : 0),
         slope_before(R(a.slope_before)) {}
 
-  R with_noise(int64_t k) const { return NOISE ? R(x[k]) + strength * R(noise[k]) : R(x[k]); }
-  R operator[](int64_t k) const { return leaky_relu(with_noise(k), slope_before); }
+  R with_noise(int64_t k) const { return NOISE ? x[k] + strength * noise[k] : x[k]; }
+  R activated(R value) const { return BEFORE ? leaky_relu(value, slope_before) : value; }
+  R operator[](int64_t k) const { return activated(with_noise(k)); }
 };
 
-template <class T, bool NOISE> void forward(const Adain& a, int64_t i) {
-  using R = Real<T>;
-  const Instance<T, NOISE> u(a, i);
-  const int64_t pixels = a.pixels, beginning = std::min<int64_t>(pixels, 256);
-  const R centre = R(sum<T>(beginning, [u](int64_t k, R& s, R&) { s += u[k]; }).first / beginning);
-  const Sums d = sum<T>(pixels, [u, centre](int64_t k, R& s, R& t) {      // about it the sums lose few digits
+// A tensor of 32 MB or more, which few caches hold beside others, is written past the caches: they would read each line
+// of it before they change it. Only AVX-512 has a store of a whole line.
+#ifdef __AVX512F__
+inline bool past_caches(const void* to, int64_t bytes, int64_t bytes_of_instance) {
+  return bytes >= 1 << 25 && bytes_of_instance % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+inline void store_past_caches(void* to, const void* from, int64_t bytes) {
+  for (int64_t k = 0; k < bytes / 64; ++k)
+    _mm512_stream_si512(static_cast<__m512i*>(to) + k, static_cast<const __m512i*>(from)[k]);
+}
+inline void wait_for_stores() { _mm_sfence(); }                             // before other threads read
+#else
+inline bool past_caches(const void*, int64_t, int64_t) { return false; }
+inline void store_past_caches(void*, const void*, int64_t) {}
+inline void wait_for_stores() {}
+#endif
+
+// Calls body(begin, count, piece) until all `count` numbers of `to` are written; body writes to piece. Inlined: where
+// `count` and `large` are constants nothing else is left.
+template <class R, class Count, class Large, class Body>
+inline __attribute__((always_inline)) void written(Count count, R* to, Large large, Body body) {
+  if (!large) return body(0, count, to);
+  alignas(64) R piece[256];
+  for (int64_t begin = 0; begin < count; begin += 256) {
+    const int64_t length = std::min<int64_t>(256, count - begin);
+    body(begin, length, piece);
+    store_past_caches(to + begin, piece, length * sizeof(R));
+  }
+}
+
+template <class R, bool NOISE, bool BEFORE, class Count, class Large>
+inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {
+  const Instance<R, NOISE, BEFORE> u(a, stride, i);
+  const int64_t beginning = pixels <= 64 ? pixels : std::max<int64_t>(64, pixels / 16);
+  const R centre = R(sum<R>(beginning, [u](int64_t k, R& s, R&) { s += u[k]; }).first) / R(beginning);
+  const Sums d = sum<R>(pixels, [u, centre](int64_t k, R& s, R& t) {        // about it the sums lose few digits
     const R deviation = u[k] - centre;
     s += deviation;
     t += deviation * deviation;
   });
-  const double shift = d.first / pixels, variance = std::max(d.second / pixels - shift * shift, 0.0);
-  const R mean = R(centre + shift), rstd = R(1 / std::sqrt(variance + a.eps));
+  const R shift = beginning == pixels ? 0 : R(d.first) / R(pixels), variance = R(d.second) / R(pixels) - shift * shift;
+  const R mean = centre + shift, rstd = 1 / std::sqrt((variance < 0 ? 0 : variance) + R(a.eps));    // NaN stays NaN
   const R factor = static_cast<const R*>(a.scale)[i] * rstd, bias = static_cast<const R*>(a.bias)[i];
   const R slope = R(a.slope_after);
-  T* y = static_cast<T*>(a.y) + i * pixels;
-  each<T>(pixels, [=](int64_t k) { y[k] = leaky_relu((u[k] - mean) * factor + bias, slope); });
+  written(pixels, static_cast<R*>(a.y) + i * stride, large, [=](int64_t begin, auto count, R* y) {
+    each(count, [=](int64_t k) { y[k] = leaky_relu((u[begin + k] - mean) * factor + bias, slope); });
+  });
   static_cast<R*>(a.mean)[i] = mean;
   static_cast<R*>(a.rstd)[i] = rstd;
 }
 
-template <class T, bool NOISE> void backward(const Adain& a, int64_t i) {
-  using R = Real<T>;
-  const Instance<T, NOISE> u(a, i);
-  const int64_t pixels = a.pixels;
+template <class R, bool NOISE, bool BEFORE, class Count, class Large>
+inline void backward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {
+  const Instance<R, NOISE, BEFORE> u(a, stride, i);
   const R mean = static_cast<const R*>(a.mean)[i], rstd = static_cast<const R*>(a.rstd)[i];
   const R factor = static_cast<const R*>(a.scale)[i] * rstd, bias = static_cast<const R*>(a.bias)[i];
-  const R slope = R(a.slope_after), slope_before = R(a.slope_before);
-  const T* dy = static_cast<const T*>(a.dy) + i * pixels;
-  T* dx = static_cast<T*>(a.dx) + i * pixels;
+  const R slope = R(a.slope_after);
+  const R* dy = static_cast<const R*>(a.dy) + i * stride;
 
   auto d_normal = [=](R deviation, int64_t k) {                             // of deviation * factor + bias
-    return deviation * factor + bias > 0 ? R(dy[k]) : R(dy[k]) * slope;
+    return deviation * factor + bias > 0 ? dy[k] : dy[k] * slope;
   };
-  const Sums d = sum<T>(pixels, [=](int64_t k, R& s, R& t) {
+  const Sums d = sum<R>(pixels, [=](int64_t k, R& s, R& t) {
     const R deviation = u[k] - mean, g = d_normal(deviation, k);
     s += g;
     t += g * deviation;
   });
-  const R mean_d = R(d.first / pixels), slope_d = R(d.second / pixels * rstd * rstd);
-  const double d_strength = sum<T>(pixels, [=](int64_t k, R& s, R&) {
-    const R value = u.with_noise(k), deviation = leaky_relu(value, slope_before) - mean;
-    const R d_value = factor * (d_normal(deviation, k) - mean_d - deviation * slope_d) * (value > 0 ? 1 : slope_before);
-    dx[k] = d_value;
-    if (NOISE) s += d_value * R(u.noise[k]);
-  }).first;
+  const R mean_d = R(d.first) / R(pixels), slope_d = R(d.second) / R(pixels) * rstd * rstd;
+  double d_strength = 0;
+  written(pixels, static_cast<R*>(a.dx) + i * stride, large, [&](int64_t begin, auto count, R* dx) {
+    d_strength += sum<R>(count, [=](int64_t k, R& s, R&) {
+      const R value = u.with_noise(begin + k), deviation = u.activated(value) - mean;
+      const R d_value = factor * (d_normal(deviation, begin + k) - mean_d - deviation * slope_d);
+      dx[k] = BEFORE && !(value > 0) ? d_value * u.slope_before : d_value;
+      if (NOISE) s += dx[k] * u.noise[begin + k];
+    }).first;
+  });
   static_cast<R*>(a.d_bias)[i] = R(d.first);
   static_cast<R*>(a.d_scale)[i] = R(d.second * rstd);
   if (NOISE) static_cast<R*>(a.d_strength)[i] = R(d_strength);
 }
 
-template <class T, bool NOISE> void each_instance(const Adain& a, bool backwards, Where where) {
-  if (backwards) parallel(where, a.instances, 2 * a.pixels, [&](int64_t i) { backward<T, NOISE>(a, i); });
-  else parallel(where, a.instances, a.pixels, [&](int64_t i) { forward<T, NOISE>(a, i); });
+// The instances from `begin` to `end`, whose pixels lie `stride` apart.
+template <class R, bool NOISE, bool BEFORE>
+void instances(const Adain& a, int64_t stride, int64_t begin, int64_t end, bool backwards) {
+  auto of = [&](auto pixels, auto large) {
+    if (backwards)
+      for (int64_t i = begin; i < end; ++i) backward<R, NOISE, BEFORE>(a, stride, i, pixels, large);
+    else
+      for (int64_t i = begin; i < end; ++i) forward<R, NOISE, BEFORE>(a, stride, i, pixels, large);
+  };
+  const void* result = backwards ? a.dx : a.y;
+  const bool large = past_caches(result, a.instances * stride * sizeof(R), a.pixels * sizeof(R));
+  if constexpr (std::is_same_v<R, float>) {                                 // with constants small loops are unrolled
+    if (a.pixels == 16) return of(std::integral_constant<int64_t, 16>(), std::false_type());
+    if (a.pixels == 64) return of(std::integral_constant<int64_t, 64>(), std::false_type());
+    if (a.pixels == 256) return of(std::integral_constant<int64_t, 256>(), std::false_type());
+  }
+  of(a.pixels, large);
+  if (large) wait_for_stores();
+}
+
+template <class R> void instances(const Adain& a, int64_t stride, int64_t begin, int64_t end, bool backwards) {
+  auto kernel = a.slope_before == 1 ? a.noise ? instances<R, true, false> : instances<R, false, false>
+                                    : a.noise ? instances<R, true, true> : instances<R, false, true>;
+  kernel(a, stride, begin, end, backwards);
+}
+
+// 16-bit instances are computed in float32, each from copies and into one.
+template <class T> void converted(const Adain& a, int64_t begin, int64_t end, bool backwards) {
+  std::vector<float> x(a.pixels), noise(a.pixels), dy(a.pixels), result(a.pixels);
+  Adain one = a;
+  one.x = x.data(), one.dy = dy.data(), one.y = one.dx = result.data();
+  if (a.noise) one.noise = noise.data(), one.noise_stride = 0;
+  auto copied = [&](const void* tensor, int64_t offset, float* to) {
+    const T* from = static_cast<const T*>(tensor) + offset;
+    each(a.pixels, [=](int64_t k) { to[k] = from[k]; });
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    copied(a.x, i * a.pixels, x.data());
+    if (a.noise) copied(a.noise, i / a.channels * a.noise_stride, noise.data());
+    if (backwards) copied(a.dy, i * a.pixels, dy.data());
+    instances<float>(one, 0, i, i + 1, backwards);
+    T* to = static_cast<T*>(backwards ? a.dx : a.y) + i * a.pixels;
+    each(a.pixels, [to, from = result.data()](int64_t k) { to[k] = from[k]; });
+  }
 }
 
 template <class F> int for_dtype(Dtype dtype, F f) {
@@ -226,7 +324,10 @@ template <class F> int for_dtype(Dtype dtype, F f) {
 int adain(const Adain& a, bool backwards, Dtype dtype, Where where) {
   return for_dtype(dtype, [&](auto kind) {
     using T = decltype(kind);
-    a.noise ? each_instance<T, true>(a, backwards, where) : each_instance<T, false>(a, backwards, where);
+    parallel(where, a.instances, (1 + backwards) * a.pixels, [&](int64_t begin, int64_t end) {
+      if constexpr (std::is_same_v<T, Real<T>>) instances<T>(a, a.pixels, begin, end, backwards);
+      else converted<T>(a, begin, end, backwards);
+    });
   });
 }
 

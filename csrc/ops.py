@@ -71,19 +71,28 @@ def describe(device):
     def real(like, *shape):
         return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
-    @torch.library.register_fake(f"gan_{device}::penalty")
+    def fake(name):
+        def decorate(shapes):
+            def checked(first, *others):
+                if any(isinstance(t, torch.Tensor) and t.device != first.device for t in others):
+                    raise RuntimeError(f"gan_{device}::{name}: expected all tensors on {first.device}")
+                return shapes(first, *others)
+            torch.library.register_fake(f"gan_{device}::{name}", checked)
+        return decorate
+
+    @fake("penalty")
     def _(gradient):
         return real(gradient), real(gradient, gradient.size(0))
 
-    @torch.library.register_fake(f"gan_{device}::penalty_backward")
+    @fake("penalty_backward")
     def _(gradient, norms, d_penalty, d_norms):
         return torch.empty_like(gradient)
 
-    @torch.library.register_fake(f"gan_{device}::adain")
+    @fake("adain")
     def _(x, scale, bias, noise, strength, slope_before, slope_after, eps):
         return torch.empty_like(x), real(x, *x.shape[:2]), real(x, *x.shape[:2])
 
-    @torch.library.register_fake(f"gan_{device}::adain_backward")
+    @fake("adain_backward")
     def _(dy, x, scale, bias, noise, strength, mean, rstd, slope_before, slope_after):
         sums = [real(x, *x.shape[:2]) for _ in range(2)]
         return torch.empty_like(x), *sums, real(x, 0 if noise is None else x.size(0), x.size(1))
@@ -109,9 +118,21 @@ def fused(name):
     return decorate
 
 
-def taken(tensor):
-    """Whether there are kernels for its device and dtype."""
-    return tensor.device.type in KERNELS and tensor.dtype in DTYPES[tensor.device.type]
+def taken(*tensors):
+    """The dtype in which kernels take them all, that of PyTorch's own result; None if there are none for them.
+
+    What inference mode has left behind goes to the formula: no graph may keep it. torch.compile cannot ask for that.
+    """
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+    device, dtype = tensors[0].device, tensors[0].dtype
+    for tensor in tensors:
+        if tensor.device != device:
+            return None
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype if device.type in KERNELS and dtype in DTYPES[device.type] else None
 
 
 def penalty(formula, apply, gradient):
@@ -119,7 +140,7 @@ def penalty(formula, apply, gradient):
     if not taken(gradient) or gradient.dim() < 2:
         return formula(gradient)
     result, norms = apply(gradient.contiguous())
-    return result.to(gradient.dtype), norms.to(gradient.dtype)
+    return tuple(cast(gradient.dtype, result, norms))
 
 
 class Penalty(Function):
@@ -147,20 +168,25 @@ def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_befor
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise), like x.
 
     mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
-    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. All of one dtype; the noise gets no gradient.
+    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. The noise gets no gradient. Of several
+    dtypes, as under autocast, the result has the widest.
     """
-    tensors = [t for t in (x, scale, bias, noise, strength) if t is not None]
-    fits = (taken(x) and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
-            and x.dim() == 4 and x.size(2) * x.size(3) > 1 and scale.shape == bias.shape == x.shape[:2]
-            and (noise is None) == (strength is None))
+    dtype = taken(*[t for t in (x, scale, bias, noise, strength) if t is not None])
+    fits = dtype and x.dim() == 4 and scale.shape == bias.shape == x.shape[:2] and (noise is None) == (strength is None)
+    if fits:
+        samples, channels, height, width = x.shape
+        fits = height * width > 1
     if fits and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
-        fits = (noise.dim() == 4 and (noise.size(0) == 1 or noise.size(0) == x.size(0)) and noise.size(1) == 1
-                and noise.shape[2:] == x.shape[2:] and not noise.requires_grad
-                and strength.dim() == 1 and (strength.size(0) == 1 or strength.size(0) == x.size(1)))
+        fits = ((noise.shape == (samples, 1, height, width) or noise.shape == (1, 1, height, width))
+                and (strength.shape == (1,) or strength.shape == (channels,)) and not noise.requires_grad)
     if not fits:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
-    if noise is not None and not noise[:1].is_contiguous():  # samples may lie apart, as 06 cuts them from [N, 2, H, W]
-        noise = noise.contiguous()
+    x, scale, bias, noise, strength = cast(dtype, x, scale, bias, noise, strength)
+    if noise is not None:
+        # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps such a view of
+        # varying sizes for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
+        if torch.compiler.is_compiling() or not noise[:1].is_contiguous():
+            noise = noise.clone(memory_format=torch.contiguous_format)
     return apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
 
 
@@ -183,8 +209,14 @@ class AdaIN(Function):
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
             dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
         # in two steps: one long sum PyTorch would cut into as many as there are threads
-        d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape).to(x.dtype)
-        return dx, d_scale.to(x.dtype), d_bias.to(x.dtype), None, d_strength, None, None, None, None
+        d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape)
+        d_scale, d_bias, d_strength = cast(x.dtype, d_scale, d_bias, d_strength)
+        return dx, d_scale, d_bias, None, d_strength, None, None, None, None
+
+
+def cast(dtype, *tensors):
+    """In this dtype; None stays None. Even a .to that has nothing to do takes a microsecond."""
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def as_computed(*tensors):

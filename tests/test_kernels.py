@@ -54,15 +54,15 @@ def difference(found, exact):
     return torch.stack([(a.double() - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(found, exact)]).max()  # NaN stays
 
 
-def penalty_and_gradient(function, gradient):
+def penalty_and_gradient(function, gradient, **options):
     """By both results, so that norms are differentiated, too."""
     penalty, norms = function(gradient)
     weights = torch.arange(1, len(norms) + 1).to(norms)
-    return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (weights * norms).sum(), gradient)]
+    return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (weights * norms).sum(), gradient, **options)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(5, 1), (1, 1), (300, 784), (7, 3, 5, 5), (2, 100_003), (1500, 9), (3, 2**17)])
+@pytest.mark.parametrize("shape", [(5, 1), (1, 1), (300, 784), (7, 3, 5, 5), (2, 100_003), (1500, 9), (3, 2**17), (1060, 8300)])
 def test_penalty(shape, dtype):
     columns = torch.Size(shape[1:]).numel()
     gradient = (1.5 * torch.randn(shape) / columns**0.5).to(dtype)
@@ -91,7 +91,7 @@ def adain_and_gradients(function, tensors, *slopes):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("noise, strength", [("none", 0), ("own", 1), ("own", 5), ("shared", 5)])
-@pytest.mark.parametrize("size", [(1, 2), (4, 4), (7, 7), (8, 8), (33, 31), (65, 128)])
+@pytest.mark.parametrize("size", [(1, 2), (4, 4), (7, 7), (8, 8), (16, 16), (33, 31), (99, 131)])
 @pytest.mark.parametrize("slopes", [(1.0, 1.0), (1.0, 0.2), (0.2, 1.0), (0.3, 0.1)])
 def test_adain(size, noise, strength, slopes, dtype):
     torch.manual_seed(0)
@@ -114,6 +114,57 @@ def test_any_layout(style):
     assert difference(adain_and_gradients(adain, tensors, 1.0, 0.2), exact) < 1e-5
     assert difference(penalty_and_gradient(penalty_of, tensors[0].requires_grad_()),
                       penalty_and_gradient(penalty_of.formula, tensors[0].detach().double().requires_grad_())) < 3e-6
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_each_result_and_expanded_ones(create_graph):
+    """That of a sum or a mean is one number, expanded; under create_graph another piece of code computes it."""
+    gradient, (x, *styles) = torch.randn(4, 5, 3, requires_grad=True), adain_inputs((6, 10), torch.float32)
+    x.requires_grad_()
+    for use in (lambda result: result[0], lambda result: result[1].mean(), lambda result: result[1].square().sum()):
+        found, exact = [torch.autograd.grad(use(function(gradient)), gradient, create_graph=create_graph)
+                        for function in (penalty_of, penalty_of.formula)]
+        torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(penalty_and_gradient(penalty_of, gradient, create_graph=create_graph),
+                               penalty_and_gradient(penalty_of.formula, gradient))
+    found, exact = [torch.autograd.grad(function(x, *styles, 0.3, 0.2).sum(), x, create_graph=create_graph)
+                    for function in (adain, adain.formula)]
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_and_rounded_right(kernels, dtype):
+    """A row times d_norms / norms: all 65,536 times 1 come back; 1 times floats in and beside the middles are rounded."""
+    def rows_times(rows, factors):
+        return kernels.penalty_backward(rows, torch.ones(len(rows)), torch.zeros(()), factors)
+
+    every = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    for width in (1, 37):  # alone and in vectors
+        rows = every[:, None].repeat(1, width)
+        torch.testing.assert_close(rows_times(rows, torch.ones(len(rows))), rows, rtol=0, atol=0, equal_nan=True)
+        bits = torch.cat([every.float(), every.float().nextafter(torch.tensor(torch.inf))]).view(torch.int32).long()
+        middles = torch.cat([bits + 2**(12 if dtype == torch.float16 else 15), *[bits + torch.randint(2**16, bits.shape)] * 2])
+        floats = torch.cat([middles - 1, middles, middles + 1]).clamp(-2**31, 2**31 - 1).int().view(torch.float32)
+        found = rows_times(torch.ones(len(floats), width, dtype=dtype), floats)
+        torch.testing.assert_close(found, floats.to(dtype)[:, None].expand(-1, width), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_tensor_no_cache_holds_is_written_past_the_caches(kernels):
+    """On the CPU from 32 MB on: the same numbers as those of its halves. Small pieces of one strength's sum differ."""
+    x, dy = torch.randn(2, 131, 181, 181), torch.randn(2, 131, 181, 181)
+    for x, dy in [(x, dy), (x[..., :180, :180].contiguous(), dy[..., :180, :180].contiguous())]:  # whole lines: the latter
+        assert x.nbytes > 2**25
+        scale, bias, noise, strength = torch.randn(2, 131), torch.randn(2, 131), torch.randn(2, 1, *x.shape[2:]), torch.ones(1)
+
+        def both(part):
+            inputs = [t[part].contiguous() for t in (x, scale, bias, noise)] + [strength]
+            y, mean, rstd = kernels.adain(*inputs, 0.3, 0.2, 1e-5)
+            dx, *sums, d_strength = kernels.adain_backward(dy[part].contiguous(), *inputs, mean, rstd, 0.3, 0.2)
+            return [y, mean, rstd, dx, *sums], d_strength
+
+        whole, halves = both(slice(0, 2)), [both(slice(i, i + 1)) for i in range(2)]
+        assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip(whole[0], *[half[0] for half in halves]))
+        torch.testing.assert_close(whole[1], torch.cat([half[1] for half in halves]), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("mean, deviation", [(1000, 1), (-30, 1e-2), (3, 0)])
@@ -159,7 +210,6 @@ def test_what_the_kernels_do_not_take_goes_to_the_formula(kernels):
         noise = tensors[3].clone().requires_grad_()
         adain(*tensors[:3], noise, tensors[4]).square().sum().backward()
         assert noise.grad.any()
-        adain(tensors[0], *[tensor.double() for tensor in tensors[1:]])
         adain(tensors[0], tensors[1][:1], tensors[2][:1])
         adain(*tensors[:3], torch.randn(3, 5, 4, 4), tensors[4])
         adain(*tensors[:3], None, tensors[4])
@@ -169,6 +219,44 @@ def test_what_the_kernels_do_not_take_goes_to_the_formula(kernels):
         assert not calls.count
         adain(*tensors), penalty_of(tensors[0])
         assert calls.count == {"adain": 1, "penalty": 1}
+
+
+def test_inference_mode(kernels):
+    """Within it the kernels serve; what it left behind can be kept by no graph but that of the formula."""
+    x, scale, bias, noise, strength = adain_inputs((4, 4), torch.float32)
+    scale.requires_grad_()
+    with Calls() as calls:
+        with torch.inference_mode():
+            left = x.clone()
+            torch.testing.assert_close(adain(left, scale, bias), adain.formula(x, scale, bias))
+            penalty_of(left)
+        assert calls.count == {"adain": 1, "penalty": 1}
+        assert torch.autograd.grad(adain(left, scale, bias).square().sum(), scale)[0].any()
+        assert calls.count == {"adain": 1, "penalty": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_several_dtypes(dtype):
+    """As under autocast: a convolution's and linear layers' results in 16 bits, noise and its strength in 32."""
+    tensors = [t.to(dtype) if i < 3 else t for i, t in enumerate(adain_inputs((4, 6), torch.float32))]
+    with Calls() as calls:
+        found = adain_and_gradients(adain, tensors, 1.0, 0.2)
+    assert calls.count == {"adain": 1, "adain_backward": 1}
+    exact = adain_and_gradients(adain.formula, [tensor.double() for tensor in tensors], 1.0, 0.2)
+    assert [t.dtype for t in found] == [torch.float32, *[dtype] * 3, torch.float32]
+    assert difference(found[:1], exact[:1]) < 1e-5 and difference(found, exact) < 2 * TOLERANCE[dtype]
+    assert [t.dtype for t in adain_and_gradients(adain.formula, tensors, 1.0, 0.2)] == [t.dtype for t in found]
+
+
+def test_operators_refuse_another_device(kernels):
+    x, noise, elsewhere = torch.ones(2, 3, 4, 4), torch.ones(2, 1, 4, 4), {"device": "meta"}
+    for position, tensor in enumerate([x, torch.ones(2, 3), torch.ones(2, 3), noise, torch.ones(1)]):
+        tensors = [x, torch.ones(2, 3), torch.ones(2, 3), noise, torch.ones(1)]
+        tensors[position] = tensor.to("meta")
+        with pytest.raises(RuntimeError, match="expected all tensors on"):
+            kernels.adain(*tensors, 1.0, 1.0, 1e-5)
+    with pytest.raises(RuntimeError, match="expected all tensors on"):
+        kernels.penalty_backward(x, torch.ones(2), torch.ones((), **elsewhere), None)
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -292,6 +380,29 @@ def test_torch_compile_takes_them_whole(device, dtype):
     assert len(graphs) - before <= 2
     for operator in ("penalty", "penalty_backward", "adain", "adain_backward"):
         assert any(f"gan_{device}.{operator}.default" in code for code in graphs)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's
+@pytest.mark.parametrize("size", ["block", pytest.param("generator", marks=pytest.mark.slow)])
+def test_inductor_compiles_networks_of_varying_sizes(size, device):
+    """06's block, whose two noises lie in one tensor, at 4x4, 8x8 and 16x16; the generator for several batches."""
+    script = load_script("06_stylegan_blocks")
+    if size == "block":
+        network = script.StyleGANGeneratorBlock(3, 4, 6)
+        inputs = [(torch.randn(2, 3, s, s), torch.randn(2, 6), torch.randn(1, 2, s, s)) for s in (4, 8, 16)]
+    else:
+        network = script.Generator(8, 32, 1, 32).eval()
+        inputs = [(torch.randn(count, 8),) for count in (2, 3, 5)]
+    compiled = torch.compile(network)
+    for arguments in inputs:
+        results = []
+        for function in (compiled, network):
+            torch.manual_seed(0)
+            y = function(*arguments)
+            gradients = torch.autograd.grad(y.square().sum(), list(network.parameters()), allow_unused=True)
+            results.append([y.detach(), *[gradient for gradient in gradients if gradient is not None]])
+        largest = max(result.abs().max().item() for result in results[1])  # a bias before the normalisation gets about 0
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_more_elements_than_an_int32_counts(kernels):
