@@ -42,6 +42,7 @@ template <int THREADS> __device__ float sum(float value) {
 
 // Work is done tile by tile, ITEMS vectors for each of THREADS threads: body(begin, count) for every tile.
 template <int TILE, class Body> __device__ void each_tile(int64_t vectors, Body body) {
+#pragma unroll 1                                                // two tiles at once would take too many registers
   for (int64_t begin = 0; begin < vectors; begin += TILE) body(begin, int(min(vectors - begin, int64_t(TILE))));
 }
 // The thread's vectors of a tile, as they are in memory, from its place `first` on. There is no branch: places beyond
