@@ -302,7 +302,7 @@ def check_what_nvcc_makes(nvcc, architecture, folder):
                              ROOT / "csrc" / "cuda.cu"], capture_output=True, text=True, check=True).stderr
     kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
                          r"(\d+) bytes spill loads", report, re.DOTALL)
-    assert len(kernels) == 2 * (11 + 10 + 10) + 3 * 2 * 2 + 1  # AdaIN's layouts per dtype; the penalty's; the norms' sum
+    assert len(kernels) == 2 * (11 + 10 + 10) + 3 * 2 * 2 + 1  # AdaIN's layouts per dtype; the penalty's; the norms
     spilled = [kernel for kernel in kernels if kernel[1:] != ("0", "0", "0")]
     assert not spilled, (architecture, spilled)
     disassembler = build.shutil.which("cuobjdump") or Path(
