@@ -1,4 +1,5 @@
-// The kernels for CUDA. One warp or block per instance or piece of a row; 16 bytes per access where addresses allow it.
+// The kernels for CUDA. A block for a piece of a row; for an instance of AdaIN a block, a warp or a part of one.
+// 16 bytes per access where addresses allow it.
 //
 // Sums are taken in a fixed order and no atomics are used, so that results are the same bits on every run.
 #include <cuda_bf16.h>
@@ -6,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -21,41 +23,51 @@ __device__ void store(__nv_bfloat16& target, float value) { target = __float2bfl
 
 template <class T, int V> struct alignas(sizeof(T) * V) Vector { T at[V]; };     // moved by one instruction
 
-template <class T, int V> __device__ void read(const void* from, int64_t k, float (&values)[V]) {
-  const Vector<T, V> vector = static_cast<const Vector<T, V>*>(from)[k];
-#pragma unroll
-  for (int e = 0; e < V; ++e) values[e] = to_float(vector.at[e]);
-}
-
-template <class T, int V> __device__ void write(void* to, int64_t k, const float (&values)[V]) {
-  Vector<T, V> vector;
-#pragma unroll
-  for (int e = 0; e < V; ++e) store(vector.at[e], values[e]);
-  static_cast<Vector<T, V>*>(to)[k] = vector;
-}
-
-// The sum over the THREADS threads that share an instance, a warp or a whole block; each of them gets it. The shuffle
-// gives a thread the value of the one whose number differs in the bit `distance`: after five, all 32 of a warp hold
-// the same sum.
+// The sum over the THREADS threads that share an instance, part of a warp or a whole block; each of them gets it. The
+// shuffle gives a thread the value of the one whose number differs in the bit `distance`: after five, all 32 of a warp
+// hold the same sum, after two each four of them theirs. All threads of a warp have to take part.
 template <int THREADS> __device__ float sum(float value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+#pragma unroll
+  for (int distance = min(THREADS, 32) / 2; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
   if constexpr (THREADS > 32) {
     __shared__ float of_warp[THREADS / 32];
     __syncthreads();                                            // the sum before this one has been read
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
     __syncthreads();
-    value = threadIdx.x % 32 < THREADS / 32 ? of_warp[threadIdx.x % 32] : 0;
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    value = sum<THREADS / 32>(of_warp[threadIdx.x % (THREADS / 32)]);
   }
   return value;
 }
 
+// Work is done tile by tile, ITEMS vectors for each of THREADS threads: body(begin, count) for every tile.
+template <int TILE, class Body> __device__ void each_tile(int64_t vectors, Body body) {
+#pragma unroll 1                                                // two tiles at once would take too many registers
+  for (int64_t begin = 0; begin < vectors; begin += TILE) body(begin, int(min(vectors - begin, int64_t(TILE))));
+}
+// The thread's vectors of a tile, as they are in memory, from its place `first` on. There is no branch: places beyond
+// the end get the last vector again, and each_held leaves them out. The compiler moves no load across __syncwarp(): so
+// all these loads are under way before what comes later waits for the first of them.
+template <int THREADS, int ITEMS, class Raw>
+__device__ void fetch(const Raw* from, int count, Raw (&to)[ITEMS], int first = 0) {
+  int last = count - 1;
+  asm volatile("" : "+r"(last));                // as if changed here: or all the min() would be kept in registers
+#pragma unroll
+  for (int j = 0; j < ITEMS; ++j) to[j] = from[min((first + j) * THREADS + int(threadIdx.x), last)];
+  __syncwarp();
+}
+template <int THREADS, int ITEMS, class Body> __device__ void each_held(int count, Body body) {       // body(place, k)
+#pragma unroll
+  for (int j = 0; j < ITEMS; ++j)
+    if (const int k = j * THREADS + int(threadIdx.x); k < count) body(j, k);
+}
+
 // Not with <<<blocks, threads>>>, which is no C++: tests/emulator has a C++ compiler take this file as it is.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, Where where, Arguments... arguments) {
-  if (blocks == 0) return 0;                                    // CUDA refuses an empty grid
+int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, Where where, Arguments... arguments) {
+  if (blocks.x == 0 || blocks.y == 0) return 0;                 // CUDA refuses an empty grid
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min<int64_t>(blocks, 0x7fffffff)));       // kernels loop over what exceeds it
+  config.gridDim = blocks;
   config.blockDim = threads;
   config.stream = static_cast<cudaStream_t>(where.stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
@@ -78,132 +90,163 @@ template <class F> int for_dtype(Dtype dtype, F f) {
 }
 
 // ----------------------------------------------------------------------------- gradient penalty
-constexpr int ROW_THREADS = 256;
+constexpr int ROW_THREADS = 256, ROW_ITEMS = 4;
 
-// Calls body(k) for the vectors k of piece number i; the block's threads share them.
-template <int V, class Body> __device__ void each_vector_of_piece(const Penalty& p, int64_t i, Body body) {
-  const int64_t n = pieces(p.rows, p.columns), of_row = p.columns / V, length = (of_row + n - 1) / n;
-  const int64_t begin = i % n * length, end = begin + length < of_row ? begin + length : of_row;
-#pragma unroll 4
-  for (int64_t k = begin + threadIdx.x; k < end; k += ROW_THREADS) body(i / n * of_row + k);
+// How the vectors of a row are cut into pieces: a column of the grid for each of them, a line for each row.
+struct Cut {
+  int64_t vectors, length, pieces;              // length: of a piece; the last ones may be shorter, or empty
+
+  Cut(const Penalty& p, int V) : vectors(p.columns / V), pieces(::pieces(p.rows, p.columns)) {
+    length = (vectors + pieces - 1) / pieces;
+  }
+  dim3 blocks(const Penalty& p) const { return dim3(unsigned(pieces), unsigned(std::min<int64_t>(p.rows, 65535))); }
+};
+
+// Calls body(row, j, begin, count) for the pieces of this block, each the j-th of its row. Its loops take any grid.
+template <class Body> __device__ void each_piece(const Penalty& p, const Cut& cut, Body body) {
+  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y)
+    for (int64_t j = blockIdx.x; j < cut.pieces; j += gridDim.x)
+      body(row, j, row * cut.vectors + j * cut.length, min(cut.length, cut.vectors - j * cut.length));
 }
 
-template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) square_sums(Penalty p) {
-  for (int64_t i = blockIdx.x; i < p.rows * pieces(p.rows, p.columns); i += gridDim.x) {
+template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) square_sums(Penalty p, Cut cut) {
+  each_piece(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
+    const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
     float squares[V] = {}, total = 0;
-    each_vector_of_piece<V>(p, i, [&](int64_t k) {
-      float values[V];
-      read<T, V>(p.gradient, k, values);
+    each_tile<ROW_THREADS * ROW_ITEMS>(count, [&](int64_t tile, int held) {
+      Vector<T, V> g[ROW_ITEMS];
+      fetch<ROW_THREADS>(gradient + tile, held, g);
+      each_held<ROW_THREADS, ROW_ITEMS>(held, [&](int n, int) {
 #pragma unroll
-      for (int e = 0; e < V; ++e) squares[e] += values[e] * values[e];
+        for (int e = 0; e < V; ++e) squares[e] += to_float(g[n].at[e]) * to_float(g[n].at[e]);
+      });
     });
 #pragma unroll
     for (int e = 0; e < V; ++e) total += squares[e];
     total = sum<ROW_THREADS>(total);
-    if (threadIdx.x == 0) static_cast<float*>(p.partial)[i] = total;
-  }
+    if (threadIdx.x == 0) static_cast<float*>(p.partial)[row * cut.pieces + j] = total;
+  });
 }
 
-__global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p) {
-  const int64_t n = pieces(p.rows, p.columns);
+// `lanes` threads of a warp add up a row's partial sums: as many as there are pieces, about, a power of two.
+__global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p, int64_t pieces, int lanes) {
+  const int lane = int(threadIdx.x) % lanes;
   float total = 0;
-  for (int64_t row = threadIdx.x; row < p.rows; row += 1024) {
+  for (int64_t first = 0; first < p.rows; first += 1024 / lanes) {
+    const int64_t row = first + int(threadIdx.x) / lanes;
+    const float* partial = static_cast<const float*>(p.partial) + row * pieces;
     float square = 0;
-    for (int64_t j = 0; j < n; ++j) square += static_cast<const float*>(p.partial)[row * n + j];
-    const float norm = sqrtf(square);
-    static_cast<float*>(p.norms)[row] = norm;
-    total += (norm - 1) * (norm - 1);
+    if (row < p.rows)
+      for (int64_t j = lane; j < pieces; j += lanes) square += partial[j];
+    for (int distance = lanes / 2; distance > 0; distance /= 2)
+      square += __shfl_xor_sync(0xffffffffu, square, distance);
+    if (row < p.rows && lane == 0) {
+      const float norm = sqrtf(square);
+      static_cast<float*>(p.norms)[row] = norm;
+      total += (norm - 1) * (norm - 1);
+    }
   }
   total = sum<1024>(total);
   if (threadIdx.x == 0) *static_cast<float*>(p.penalty) = total / float(p.rows);   // no rows: NaN, as a mean
 }
 
-template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p) {
-  for (int64_t i = blockIdx.x; i < p.rows * pieces(p.rows, p.columns); i += gridDim.x) {
-    const int64_t row = i / pieces(p.rows, p.columns);
+template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
+  each_piece(p, cut, [&](int64_t row, int64_t, int64_t begin, int64_t count) {
+    const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
+    auto* d_gradient = static_cast<Vector<T, V>*>(p.d_gradient) + begin;
     const float norm = static_cast<const float*>(p.norms)[row];
     const float d_norm = *static_cast<const float*>(p.d_penalty) * 2 * (norm - 1) / float(p.rows) +
                          (p.d_norms ? static_cast<const float*>(p.d_norms)[row] : 0);
     const float factor = norm == 0 ? 0 : d_norm / norm;         // at norm 0 the subgradient 0, as torch.norm's
-    each_vector_of_piece<V>(p, i, [&](int64_t k) {
-      float values[V];
-      read<T, V>(p.gradient, k, values);
+    each_tile<ROW_THREADS * ROW_ITEMS>(count, [&](int64_t tile, int held) {
+      Vector<T, V> g[ROW_ITEMS];
+      fetch<ROW_THREADS>(gradient + tile, held, g);
+      each_held<ROW_THREADS, ROW_ITEMS>(held, [&](int n, int k) {
 #pragma unroll
-      for (int e = 0; e < V; ++e) values[e] *= factor;
-      write<T, V>(p.d_gradient, k, values);
+        for (int e = 0; e < V; ++e) store(g[n].at[e], to_float(g[n].at[e]) * factor);
+        d_gradient[tile + k] = g[n];
+      });
     });
-  }
+  });
+}
+
+// Calls f(a number of the type, elements of a vector): 16 bytes where the rows are whole vectors, else one element.
+template <class F> int for_rows(const Penalty& p, Dtype dtype, F f) {
+  return for_dtype(dtype, [&](auto kind) {
+    constexpr int V = 16 / sizeof(kind);
+    const bool whole = p.columns % V == 0 && aligned({p.gradient, p.d_gradient});
+    return whole ? f(kind, std::integral_constant<int, V>()) : f(kind, std::integral_constant<int, 1>());
+  });
 }
 
 // ---------------------------------------------------------------------------------------- AdaIN
-// How an instance is shared out: SHARE threads, each with ITEMS vectors of V elements, which it keeps in registers;
-// ITEMS = 0 for instances too large for that, or not aligned: they are read again for every loop over them.
-template <class T, int V, int SHARE, int ITEMS> struct Layout {
-  static constexpr int THREADS = SHARE, INSTANCES = THREADS == 32 ? 8 : 1;      // of a block: threadIdx.x, threadIdx.y
-  static constexpr int HELD = ITEMS > 0 ? ITEMS : 1;
+constexpr int MULTIPROCESSORS = 132;            // of Hopper's H100 and H200
 
-  // load(place, k) for every place, without a branch, so that all the loads are under way at once. Places beyond the
-  // instance get its last vector again; each_held leaves these places out.
-  template <class Load> static __device__ void hold(int64_t vectors, Load load) {
-#pragma unroll
-    for (int j = 0; j < HELD; ++j) load(j, min(int64_t(j * THREADS + int(threadIdx.x)), vectors - 1));
-  }
-  template <class Body> static __device__ void each_held(int64_t vectors, Body body) {          // body(place, k)
-#pragma unroll
-    for (int j = 0; j < HELD; ++j)
-      if (const int k = j * THREADS + int(threadIdx.x); k < vectors) body(j, k);
-  }
-  // body(place, k) for every vector: from the registers, or loaded anew
+// How an instance is shared out: THREADS threads, each of which has ITEMS vectors of V elements in registers. They hold
+// the WHOLE instance, or one tile of it after the other; then every loop over the instance reads it again.
+template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout {
+  static constexpr int THREADS = SHARE, TILE = THREADS * ITEMS, MOST_THREADS = THREADS < 128 ? 128 : THREADS;
+  static constexpr int64_t ROOM = WHOLE ? TILE * V : INT64_MAX;                 // pixels
+  using Raw = Vector<T, V>;
+
+  // body(place, k) for every vector: from the registers, or tile by tile loaded anew
   template <class Load, class Body> static __device__ void each_vector(int64_t vectors, Load load, Body body) {
-    if constexpr (ITEMS > 0) {
-      each_held(vectors, body);
+    if constexpr (WHOLE) {
+      each_held<THREADS, ITEMS>(int(vectors), body);
     } else {
-      for (int64_t k = threadIdx.x; k < vectors; k += THREADS) {
-        load(0, k);
-        body(0, k);
-      }
+      each_tile<TILE>(vectors, [&](int64_t begin, int count) {
+        load(begin, count);
+        each_held<THREADS, ITEMS>(count, [&](int j, int k) { body(j, begin + k); });
+      });
     }
   }
 
-  // The values of an instance before its normalisation: x + strength noise, then LeakyReLU.
+  // The values of an instance before its normalisation: x + strength noise, then LeakyReLU. Where there is no noise, x
+  // itself stands for it, with strength 0: a branch between the loads would cost more than these do.
   struct Instance {
-    const T *x, *noise;
+    int64_t vectors;
+    const Raw *x, *noise;
     float strength, slope_before;
 
     __device__ Instance(const Adain& a, int64_t i)
-        : x(static_cast<const T*>(a.x) + i * a.pixels),
-          noise(a.noise ? static_cast<const T*>(a.noise) + i / a.channels * a.noise_stride : nullptr),
-          strength(noise ? static_cast<const float*>(a.strength)[i % a.channels * a.strength_stride] : 0),
+        : vectors(a.pixels / V),
+          x(static_cast<const Raw*>(a.x) + i * vectors),
+          noise(a.noise ? reinterpret_cast<const Raw*>(static_cast<const T*>(a.noise) + i / a.channels * a.noise_stride)
+                        : x),
+          strength(a.noise ? static_cast<const float*>(a.strength)[i % a.channels * a.strength_stride] : 0),
           slope_before(float(a.slope_before)) {}
 
-    __device__ void with_noise(int64_t k, float (&values)[V]) const {
-      read<T, V>(x, k, values);
-      if (!noise) return;
-      float z[V];
-      read<T, V>(noise, k, z);
-#pragma unroll
-      for (int e = 0; e < V; ++e) values[e] += strength * z[e];
-    }
+    __device__ float with_noise(T value, T z) const { return to_float(value) + strength * to_float(z); }
     __device__ float activated(float value) const { return value > 0 ? value : value * slope_before; }
   };
 
   static __device__ void forward(const Adain& a, int64_t i) {
-    const Instance instance(a, i);
-    const int64_t vectors = a.pixels / V;
-    float v[HELD][V], s = 0;
-    auto load = [&](int j, int64_t k) { instance.with_noise(k, v[j]); };
-    hold(vectors, load);
-    each_held(vectors, [&](int j, int64_t) {
+    const Instance in(a, i);
+    float v[ITEMS][V], s = 0;
+    auto load = [&](int64_t begin, int count) {
+      constexpr int AT_ONCE = THREADS == 512 && ITEMS > 4 ? 4 : ITEMS;  // of the noise: 64 registers do not hold all
+      Raw x[ITEMS], z[AT_ONCE];
+      fetch<THREADS>(in.x + begin, count, x);
 #pragma unroll
-      for (int e = 0; e < V; ++e) s += instance.activated(v[j][e]);
+      for (int j = 0; j < ITEMS; ++j) {
+        if (j % AT_ONCE == 0) fetch<THREADS>(in.noise + begin, count, z, j);
+#pragma unroll
+        for (int e = 0; e < V; ++e) v[j][e] = in.activated(in.with_noise(x[j].at[e], z[j % AT_ONCE].at[e]));
+      }
+    };
+    const int held = int(min(in.vectors, int64_t(TILE)));
+    load(0, held);
+    each_held<THREADS, ITEMS>(held, [&](int j, int) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) s += v[j][e];
     });
     // The mean of what is held, which is all or a beginning: about it the sums below lose few digits.
-    const float centre = sum<THREADS>(s) / float(min(vectors, int64_t(HELD) * THREADS) * V);
+    const float centre = sum<THREADS>(s) / float(held * V);
     float first = 0, second = 0;
-    each_vector(vectors, load, [&](int j, int64_t) {
+    each_vector(in.vectors, load, [&](int j, int64_t) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float d = instance.activated(v[j][e]) - centre;
+        const float d = v[j][e] - centre;
         first += d;
         second += d * d;
       }
@@ -214,15 +257,15 @@ template <class T, int V, int SHARE, int ITEMS> struct Layout {
     const float rstd = rsqrtf((variance < 0 ? 0 : variance) + float(a.eps));        // fmaxf would hide a NaN
     const float factor = static_cast<const float*>(a.scale)[i] * rstd, bias = static_cast<const float*>(a.bias)[i];
     const float slope = float(a.slope_after);
-    T* y = static_cast<T*>(a.y) + i * a.pixels;
-    each_vector(vectors, load, [&](int j, int64_t k) {
-      float result[V];
+    Raw* y = static_cast<Raw*>(a.y) + i * in.vectors;
+    each_vector(in.vectors, load, [&](int j, int64_t k) {
+      Raw result;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float normal = (instance.activated(v[j][e]) - mean) * factor + bias;
-        result[e] = normal > 0 ? normal : normal * slope;
+        const float normal = (v[j][e] - mean) * factor + bias;
+        store(result.at[e], normal > 0 ? normal : normal * slope);
       }
-      write<T, V>(y, k, result);
+      y[k] = result;
     });
     if (threadIdx.x == 0) {
       static_cast<float*>(a.mean)[i] = mean;
@@ -231,26 +274,29 @@ template <class T, int V, int SHARE, int ITEMS> struct Layout {
   }
 
   static __device__ void backward(const Adain& a, int64_t i) {
-    const Instance instance(a, i);
-    const int64_t vectors = a.pixels / V;
+    const Instance in(a, i);
     const float mean = static_cast<const float*>(a.mean)[i], rstd = static_cast<const float*>(a.rstd)[i];
     const float factor = static_cast<const float*>(a.scale)[i] * rstd, bias = static_cast<const float*>(a.bias)[i];
     const float slope = float(a.slope_after);
-    const T* dy = static_cast<const T*>(a.dy) + i * a.pixels;
-    T* dx = static_cast<T*>(a.dx) + i * a.pixels;
+    const Raw* dy = static_cast<const Raw*>(a.dy) + i * in.vectors;
+    Raw* dx = static_cast<Raw*>(a.dx) + i * in.vectors;
 
-    float v[HELD][V], g[HELD][V];
-    auto load = [&](int j, int64_t k) {
-      instance.with_noise(k, v[j]);
-      read<T, V>(dy, k, g[j]);
+    // The registers hold what is in memory; both loops compute from it what they need. To keep that, too, would take
+    // more registers than there are.
+    Raw x[ITEMS], g[ITEMS], z[ITEMS];
+    auto load = [&](int64_t begin, int count) {
+      fetch<THREADS>(in.x + begin, count, x);
+      fetch<THREADS>(dy + begin, count, g);
+      fetch<THREADS>(in.noise + begin, count, z);
     };
-    auto d_normal = [&](float deviation, float d) { return deviation * factor + bias > 0 ? d : d * slope; };
+    auto d_normal = [&](float deviation, T d) { return to_float(d) * (deviation * factor + bias > 0 ? 1 : slope); };
     float first = 0, second = 0;
-    if constexpr (ITEMS > 0) hold(vectors, load);
-    each_vector(vectors, load, [&](int j, int64_t) {
+    if constexpr (WHOLE) load(0, int(in.vectors));
+    each_vector(in.vectors, load, [&](int j, int64_t) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float deviation = instance.activated(v[j][e]) - mean, d = d_normal(deviation, g[j][e]);
+        const float deviation = in.activated(in.with_noise(x[j].at[e], z[j].at[e])) - mean;
+        const float d = d_normal(deviation, g[j].at[e]);
         first += d;
         second += d * deviation;
       }
@@ -259,72 +305,83 @@ template <class T, int V, int SHARE, int ITEMS> struct Layout {
     second = sum<THREADS>(second);
     const float mean_d = first / float(a.pixels), slope_d = second / float(a.pixels) * rstd * rstd;
     float d_strength = 0;
-    each_vector(vectors, load, [&](int j, int64_t k) {
-      float result[V], z[V] = {};
-      if (instance.noise) read<T, V>(instance.noise, k, z);     // again, from a cache
+    each_vector(in.vectors, load, [&](int j, int64_t k) {
+      Raw result;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float deviation = instance.activated(v[j][e]) - mean, d = d_normal(deviation, g[j][e]);
-        result[e] = factor * (d - mean_d - deviation * slope_d) * (v[j][e] > 0 ? 1 : instance.slope_before);
-        d_strength += result[e] * z[e];
+        const float v = in.with_noise(x[j].at[e], z[j].at[e]), deviation = in.activated(v) - mean;
+        const float d = factor * (d_normal(deviation, g[j].at[e]) - mean_d - deviation * slope_d);
+        const float d_v = d * (v > 0 ? 1 : in.slope_before);
+        d_strength += d_v * to_float(z[j].at[e]);
+        store(result.at[e], d_v);
       }
-      write<T, V>(dx, k, result);
+      dx[k] = result;
     });
-    if (instance.noise) d_strength = sum<THREADS>(d_strength);
+    if (a.noise) d_strength = sum<THREADS>(d_strength);
     if (threadIdx.x == 0) {
       static_cast<float*>(a.d_bias)[i] = first;
       static_cast<float*>(a.d_scale)[i] = second * rstd;
-      if (instance.noise) static_cast<float*>(a.d_strength)[i] = d_strength;
+      if (a.noise) static_cast<float*>(a.d_strength)[i] = d_strength;
     }
   }
 };
 
-template <class L, bool BACKWARD> __global__ void __launch_bounds__(L::THREADS * L::INSTANCES) each_instance(Adain a) {
-  const int64_t step = int64_t(gridDim.x) * L::INSTANCES;
-  for (int64_t i = int64_t(blockIdx.x) * L::INSTANCES + threadIdx.y; i < a.instances; i += step) {
+// Forward at least two blocks share a multiprocessor, of which one loads while the other one stores: 64 registers for
+// each of 512 threads. Backward x, dy and the noise of 128x128 in float32 take 192 of its 256 KB: one block.
+template <class L, bool BACKWARD>
+__global__ void __launch_bounds__(L::MOST_THREADS, BACKWARD ? 1 : 2) each_instance(Adain a) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.y;
+  for (int64_t first = int64_t(blockIdx.x) * blockDim.y; first < a.instances; first += step) {
+    // Threads without an instance take the last one again, and write the same: sum() needs whole warps.
+    const int64_t i = L::THREADS > 32 ? first : min(first + threadIdx.y, a.instances - 1);
     if constexpr (BACKWARD) L::backward(a, i);
     else L::forward(a, i);
   }
 }
 
+// Launches the first of these layouts that has room for an instance.
+template <bool BACKWARD, class L, class... Larger> int launch_adain(const Adain& a, Where where) {
+  if constexpr (sizeof...(Larger) > 0)
+    if (a.pixels > L::ROOM) return launch_adain<BACKWARD, Larger...>(a, where);
+  // As many warps per block as leave a block for every multiprocessor, from one to four.
+  int64_t per_block = 1;
+  if constexpr (L::THREADS <= 32) {
+    constexpr int OF_WARP = 32 / L::THREADS;
+    per_block = OF_WARP * std::clamp<int64_t>(a.instances / OF_WARP / MULTIPROCESSORS, 1, 4);
+  }
+  const int64_t blocks = std::min<int64_t>((a.instances + per_block - 1) / per_block, 0x7fffffff);
+  return launch(each_instance<L, BACKWARD>, dim3(unsigned(blocks)), dim3(L::THREADS, unsigned(per_block)), where, a);
+}
+
 template <class T, bool BACKWARD> int adain(const Adain& a, Where where) {
   constexpr int V = 16 / sizeof(T);
-  auto with = [&](auto layout) {
-    using L = decltype(layout);
-    const int64_t blocks = (a.instances + L::INSTANCES - 1) / L::INSTANCES;
-    return launch(each_instance<L, BACKWARD>, blocks, dim3(L::THREADS, L::INSTANCES), where, a);
-  };
-  if (a.pixels % V == 0 && (a.noise_stride * sizeof(T)) % 16 == 0 && aligned({a.x, a.noise, a.y, a.dy, a.dx})) {
-    if (a.pixels <= 32 * V) return with(Layout<T, V, 32, 1>());                 // 8x8; in 16 bits 16x16
-    if (a.pixels <= 32 * 32) return with(Layout<T, V, 32, 32 / V>());           // 32x32
-    if (a.pixels <= 256 * 16) return with(Layout<T, V, 256, 16 / V>());         // 64x64
-    if (a.pixels <= 1024 * 16) return with(Layout<T, V, 1024, 16 / V>());       // 128x128
-    return with(Layout<T, V, 512, 0>());
-  }
-  if (a.pixels <= 256) return with(Layout<T, 1, 32, 0>());
-  return with(Layout<T, 1, 512, 0>());
+  if (a.pixels % V == 0 && (a.noise_stride * sizeof(T)) % 16 == 0 && aligned({a.x, a.noise, a.y, a.dy, a.dx}))
+    return launch_adain<BACKWARD,
+                        Layout<T, V, 4, 1>, Layout<T, V, 8, 1>, Layout<T, V, 16, 1>, Layout<T, V, 32, 1>,
+                        Layout<T, V, 32, 8 / V>,        // 16x16
+                        Layout<T, V, 32, 32 / V>,       // 32x32
+                        Layout<T, V, 256, 16 / V>,      // 64x64
+                        Layout<T, V, 512, 32 / V>,      // 128x128
+                        Layout<T, V, 512, 8 / V, false>>(a, where);
+  return launch_adain<BACKWARD, Layout<T, 1, 32, 8>, Layout<T, 1, 512, 4, false>>(a, where);
 }
 
 }  // namespace
 
 int penalty_forward(const Penalty& p, Dtype dtype, Where where) {
-  return for_dtype(dtype, [&](auto kind) {
-    using T = decltype(kind);
-    constexpr int V = 16 / sizeof(T);
-    const bool whole = p.columns % V == 0 && aligned({p.gradient});
-    const int64_t blocks = p.rows * pieces(p.rows, p.columns);
-    const int error = launch(whole ? square_sums<T, V> : square_sums<T, 1>, blocks, dim3(ROW_THREADS), where, p);
-    return error ? error : launch(norms_and_penalty, 1, dim3(1024), where, p);
+  return for_rows(p, dtype, [&](auto kind, auto v) {
+    const Cut cut(p, v);
+    const int error = launch(square_sums<decltype(kind), v>, cut.blocks(p), dim3(ROW_THREADS), where, p, cut);
+    int lanes = 1;
+    while (lanes < 32 && 2 * lanes <= cut.pieces) lanes *= 2;
+    return error ? error : launch(norms_and_penalty, dim3(1), dim3(1024), where, p, cut.pieces, lanes);
   });
 }
 
 int penalty_backward(const Penalty& p, Dtype dtype, Where where) {
-  return for_dtype(dtype, [&](auto kind) {
-    using T = decltype(kind);
-    constexpr int V = 16 / sizeof(T);
-    const bool whole = p.columns % V == 0 && aligned({p.gradient, p.d_gradient});
-    const int64_t blocks = p.rows * pieces(p.rows, p.columns);
-    return launch(whole ? scaled_rows<T, V> : scaled_rows<T, 1>, blocks, dim3(ROW_THREADS), where, p);
+  return for_rows(p, dtype, [&](auto kind, auto v) {
+    const Cut cut(p, v);
+    return launch(scaled_rows<decltype(kind), v>, cut.blocks(p), dim3(ROW_THREADS), where, p, cut);
   });
 }
 

@@ -5,12 +5,6 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HOST_AND_DEVICE __host__ __device__
-#else
-#define HOST_AND_DEVICE
-#endif
-
 enum class Dtype { float32, float16, bfloat16, float64 };
 
 struct Penalty {                        // of per-sample gradients: rows = N, columns = the rest
@@ -24,7 +18,7 @@ struct Penalty {                        // of per-sample gradients: rows = N, co
 
 // A row is cut into pieces, of some 1,024 elements or more, where the rows alone are too few to keep a large GPU busy:
 // 1,056 blocks of 256 threads are all that 132 multiprocessors hold at once (Hopper's H100 and H200).
-HOST_AND_DEVICE inline int64_t pieces(int64_t rows, int64_t columns) {
+inline int64_t pieces(int64_t rows, int64_t columns) {
   const int64_t wanted = rows > 0 ? (1056 + rows - 1) / rows : 1, most = (columns + 1023) / 1024;
   return wanted < most ? wanted : most > 1 ? most : 1;
 }

@@ -33,16 +33,21 @@ def compiled(source, target, *options):
     return target
 
 
-def shared_library(source, target):
+def shared_library(source, target, *options):
     """Traps take the place of the GPU's error for a misaligned vector, and of memory beyond a shared array."""
     traps = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-    return compiled(source, target, "-shared", "-fPIC", *traps, EMULATOR / "calls.cpp")
+    return compiled(source, target, "-shared", "-fPIC", *traps, *options, EMULATOR / "calls.cpp")
 
 
 def loaded(path):
     library = ctypes.CDLL(str(path))
     library.call_pieces.argtypes, library.call_pieces.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return library
+
+
+def last_launch(library):
+    """Blocks, and threads of each."""
+    return [ctypes.c_uint.in_dll(library, name).value for name in ("emulator_blocks", "emulator_threads")]
 
 
 def turns(library, order=GREEDY, most_blocks=2**31 - 1):
@@ -108,8 +113,8 @@ class Memory:
     def __init__(self):
         self.copies = []
 
-    def __call__(self, values, shift=0):
-        """shift: elements by which it begins earlier."""
+    def __call__(self, values, shift=False):
+        """shift: it begins one element earlier."""
         shift += -values.numel() % (16 // values.itemsize)
         pages = 2 + values.nbytes // mmap.PAGESIZE
         everything = torch.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), dtype=values.dtype,
@@ -120,7 +125,7 @@ class Memory:
         self.copies.append((everything, begin, end))
         return everything[begin:end].copy_(values.flatten()).view(values.shape)
 
-    def empty(self, *shape, dtype=torch.float32, shift=0):
+    def empty(self, *shape, dtype=torch.float32, shift=False):
         return self(torch.full(shape, NAN, dtype=dtype), shift)
 
     def check(self):
@@ -133,12 +138,13 @@ def call(library, name, kind, dtype, fields):
     assert getattr(library, f"call_{name}")(ctypes.byref(kind(**fields)), DTYPES.index(dtype)) == 0
 
 
-def penalty(library, gradient, d_penalty, d_norms, shift=0):
+def penalty(library, gradient, d_penalty, d_norms, shift=()):
+    """shift: names of the tensors that begin at no multiple of 16 bytes."""
     memory, dtype, (rows, columns) = Memory(), gradient.dtype, gradient.shape
     results = dict(penalty=memory.empty(), norms=memory.empty(rows),
-                   d_gradient=memory.empty(rows, columns, dtype=dtype, shift=shift))
-    fields = dict(results, rows=rows, columns=columns, gradient=memory(gradient, shift), d_penalty=memory(d_penalty),
-                  d_norms=None if d_norms is None else memory(d_norms),
+                   d_gradient=memory.empty(rows, columns, dtype=dtype, shift="d_gradient" in shift))
+    fields = dict(results, rows=rows, columns=columns, gradient=memory(gradient, "gradient" in shift),
+                  d_penalty=memory(d_penalty), d_norms=None if d_norms is None else memory(d_norms),
                   partial=memory.empty(rows * library.call_pieces(rows, columns)))
     for name in ("penalty_forward", "penalty_backward"):
         call(library, name, Penalty, dtype, fields)
@@ -155,13 +161,14 @@ def penalty_reference(gradient, d_penalty, d_norms):
     return dict(penalty=result.detach(), norms=norms.detach(), d_gradient=g.grad)
 
 
-def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=0, shift=0):
-    """x, dy [N, C, pixels]; gap: elements between the noise of one sample and that of the next."""
+def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=0, shift=()):
+    """x, dy [N, C, pixels]; gap: elements between the noise of one sample and that of the next; shift: see penalty."""
     memory, dtype, (samples, channels, pixels) = Memory(), x.dtype, x.shape
-    results = {name: memory.empty(*x.shape, dtype=dtype, shift=shift) for name in ("y", "dx")}
+    results = {name: memory.empty(*x.shape, dtype=dtype, shift=name in shift) for name in ("y", "dx")}
     results |= {name: memory.empty(samples, channels) for name in ("d_scale", "d_bias", "d_strength")}
     fields = dict(results, instances=samples * channels, channels=channels, pixels=pixels, eps=eps, slope_before=before,
-                  slope_after=after, x=memory(x, shift), dy=memory(dy, shift), scale=memory(scale), bias=memory(bias),
+                  slope_after=after, x=memory(x, "x" in shift), dy=memory(dy, "dy" in shift), scale=memory(scale),
+                  bias=memory(bias),
                   mean=memory.empty(samples, channels), rstd=memory.empty(samples, channels))
     if noise is None:
         fields["d_strength"] = None
@@ -169,7 +176,8 @@ def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=
     else:
         shared = len(noise) == 1
         rows = torch.cat([noise, torch.full_like(noise[:, :1], NAN).expand(-1, gap)], dim=1).flatten()
-        fields |= dict(noise=memory(rows[:len(rows) - gap], shift), noise_stride=0 if shared else pixels + gap,
+        fields |= dict(noise=memory(rows[:len(rows) - gap], "noise" in shift),
+                       noise_stride=0 if shared else pixels + gap,
                        strength=memory(strength), strength_stride=int(len(strength) > 1))
     for name in ("adain_forward", "adain_backward"):
         call(library, name, Adain, dtype, fields)
@@ -215,7 +223,7 @@ def penalty_inputs(rows, columns, dtype=torch.float32):
     return gradient.to(dtype), torch.randn((), generator=random), torch.randn(rows, generator=random)
 
 
-def adain_inputs(pixels, dtype=torch.float32, noise="each", before=1.0, after=1.0, mean=0.0, gap=0, shift=0,
+def adain_inputs(pixels, dtype=torch.float32, noise="each", before=1.0, after=1.0, mean=0.0, gap=0, shift=(),
                  channels=None):
     """noise: None, "shared" by the samples and of one strength, or for "each" sample, with a strength per channel."""
     random = torch.Generator().manual_seed(pixels)
@@ -245,9 +253,12 @@ def check_adain(library, *arguments, also=0.0, **options):
 
 
 # ----------------------------------------------------------------------------------- tests
-# One piece a row: the first three and the last. Several, of up to 1,024 elements: the next three; of more: (200, 8192).
-SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192), (1100, 8)]
+# One piece a row: the first three and the last. Several, of up to 1,024 elements: the next three; of more: (200, 8192);
+# of more than a block takes at once: the next two, in vectors and one by one.
+SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192), (1056, 8200), (600, 2049), (1100, 8)]
 PIXELS = [2, 4, 16, 49, 64, 100, 256, 300, 784, 1024, 4096, 6000, 16384, 20000]
+LIMITS = {16: 4, 32: 8, 64: 16, 128: 32, 256: 64, 1024: 256, 4096: 1024, 16384: 4096}  # pixels: float32 vectors
+TENSORS = ["x", "dy", "noise", "y", "dx"]
 OPTIONS = [dict(noise="each", gap=8, before=1.0, after=0.2), dict(noise="each", gap=3, before=0.3, after=0.6),
            dict(noise="shared", before=0.2, after=1.0), dict(noise=None, before=1.0, after=1.0),
            dict(noise=None, before=0.2, after=0.2)]
@@ -257,7 +268,7 @@ OPTIONS = [dict(noise="each", gap=8, before=1.0, after=0.2), dict(noise="each", 
 @pytest.mark.parametrize("rows, columns", SIZES)
 def test_penalty(library, rows, columns, dtype):
     check_penalty(library, rows, columns, dtype)
-    check_penalty(library, rows, columns, dtype, shift=1)
+    check_penalty(library, rows, columns, dtype, shift=["gradient", "d_gradient"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -265,8 +276,29 @@ def test_penalty(library, rows, columns, dtype):
 def test_adain(library, pixels, dtype):
     for options in OPTIONS:
         check_adain(library, pixels, dtype, **options)
-    check_adain(library, pixels, dtype, shift=1)
+    check_adain(library, pixels, dtype, shift=TENSORS)
     check_adain(library, pixels, dtype, channels=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", LIMITS)
+def test_adain_just_above_what_a_layout_holds(library, limit, dtype):
+    for pixels in (limit + 1, limit + 16 // dtype.itemsize):
+        check_adain(library, pixels, dtype, before=0.2, after=0.6)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_adain_of_one_tensor_at_an_odd_address(library, name):
+    for pixels in (64, 4096, 20000):
+        check_adain(library, pixels, gap=8, shift=[name])
+
+
+@pytest.mark.parametrize("pixels, channels, blocks, threads", [
+    (16, 1, 1, 32), (16, 4 * 132, 132, 32), (16, 4 * 264, 132, 64), (16, 4 * 1320, 330, 128), (64, 132, 132, 32),
+    (64, 264, 132, 64), (128, 131, 262, 32), (1024, 132, 132, 64), (2000, 3, 6, 256), (10000, 3, 6, 512)])
+def test_few_instances_are_spread_over_all_multiprocessors(library, pixels, channels, blocks, threads):
+    check_adain(library, pixels, channels=channels)
+    assert last_launch(library) == [blocks, threads]
 
 
 def test_pieces_fill_the_gpu_and_are_not_too_small(library):
@@ -310,7 +342,7 @@ def test_adain_far_from_zero(library, pixels, mean):
     check_adain(library, pixels, noise=None, before=0.2, mean=mean, also=mean * 2**-22)
 
 
-@pytest.mark.parametrize("pixels", [49, 64, 784, 4096, 16384, 20000])
+@pytest.mark.parametrize("pixels", [16, 49, 64, 256, 784, 4096, 16384, 20000])
 def test_adain_of_nan_stays_in_its_instance(library, pixels):
     inputs = adain_inputs(pixels, after=0.2)
     expected = adain(library, **inputs)
@@ -339,7 +371,7 @@ def test_penalty_in_any_order_and_grid(library, rows, columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pixels", [49, 64, 300, 784, 4096, 6000, 20000])
+@pytest.mark.parametrize("pixels", [16, 49, 64, 300, 784, 4096, 6000, 16384, 20000])
 def test_adain_in_any_order_and_grid(library, pixels, dtype):
     inputs = adain_inputs(pixels, dtype, before=0.2, after=0.3)
     expected = adain(library, **inputs)
@@ -359,17 +391,25 @@ def check_briefly(library):
     for pixels in (49, 100, 784, 20000):
         for options in OPTIONS:
             check_adain(library, pixels, **options)
-        check_adain(library, pixels, shift=1)
-    check_adain(library, 64, channels=1)
+    for name in TENSORS:
+        check_adain(library, 100, gap=8, shift=[name])
+    for limit in LIMITS:
+        check_adain(library, limit + 4)
+    check_adain(library, 257)
+    check_adain(library, 12000, before=0.2)
+    check_adain(library, 16, channels=1)
     check_adain(library, 784, noise=None, mean=1e3, also=1e3 * 2**-22)
     check_penalty(library, 5, 3072)
     check_penalty(library, 3, 3073)
-    check_penalty(library, 5, 3072, shift=1)
+    check_penalty(library, 600, 2049)
+    check_penalty(library, 5, 3072, shift=["gradient"])
+    check_penalty(library, 5, 3072, shift=["d_gradient"])
     test_penalty_of_a_zero_row(library)
     turns(library, most_blocks=1)
     check_penalty(library, 3, 3072)
     check_adain(library, 64)
     check_adain(library, 4096)
+    test_few_instances_are_spread_over_all_multiprocessors(library, 16, 264, 66, 32)
 
 
 FAULTS = {
@@ -377,30 +417,52 @@ FAULTS = {
     "no second barrier": ("= value;\n    __syncthreads();", "= value;"),
     "a barrier for some": ("= value;\n    __syncthreads();", "= value, __syncthreads();"),
     "half a warp's mask": ("0xffffffffu, value, distance);\n  if", "0xffffu, value, distance);\n  if"),
-    "beyond shared memory": ("threadIdx.x % 32 < THREADS / 32 ? of_warp", "true ? of_warp"),
-    "one vector too many, held": ("int(threadIdx.x); k < vectors)", "int(threadIdx.x); k <= vectors)"),
-    "one vector too many, streamed": ("k = threadIdx.x; k < vectors", "k = threadIdx.x; k <= vectors"),
-    "no clamp": ("int(threadIdx.x)), vectors - 1)", "int(threadIdx.x)), vectors + 31)"),
-    "padding counted": ("ITEMS > 0) {\n      each_held(vectors, body);",
-                        "ITEMS > 0) {\n      hold(vectors, [&](int j, int64_t k) { body(j, k); });"),
+    "sums of a whole warp for a part of it": ("distance = min(THREADS, 32) / 2", "distance = 16"),
+    "sums of half the threads": ("distance = min(THREADS, 32) / 2", "distance = min(THREADS, 32) / 4"),
+    "beyond shared memory": ("[threadIdx.x % (THREADS / 32)]", "[threadIdx.x % 32]"),
+    "one vector too many": ("int(threadIdx.x); k < count)", "int(threadIdx.x); k <= count)"),
+    "last tile too long": ("int(min(vectors - begin, int64_t(TILE)))", "TILE"),
+    "steps between tiles": ("begin += TILE)", "begin += 2 * TILE)"),
+    "no clamp": ("int(threadIdx.x), last)", "int(threadIdx.x), last + 31)"),
+    "padding counted": ("<THREADS, ITEMS>(int(vectors), body);", "<THREADS, ITEMS>(TILE, body);"),
+    "places of the first tile": ("body(j, begin + k)", "body(j, k)"),
+    "noise of the first places": ("min((first + j) * THREADS", "min(j * THREADS"),
     "no centre": ("centre = sum<THREADS>(s)", "centre = 0 * sum<THREADS>(s)"),
     "centre taken for the mean": ("second - first * first", "second"),
-    "pieces overlap": ("begin + length < of_row ? begin + length : of_row", "begin + length"),
-    "division by a zero norm": ("norm == 0 ? 0 : ", ""),
-    "d_strength without noise": ("d_strength += result[e] * z[e]", "d_strength += result[e]"),
-    "slope_before not in the backward pass": ("(v[j][e] > 0 ? 1 : instance.slope_before)", "1"),
-    "noise_stride ignored": ("* a.noise_stride :", "* a.pixels :"),
+    "d_strength without noise": ("d_strength += d_v * to_float(z[j].at[e])", "d_strength += d_v"),
+    "slope_before not in the backward pass": ("(v > 0 ? 1 : in.slope_before)", "1"),
+    "x for noise": ("a.strength_stride] : 0)", "a.strength_stride] : 1)"),
+    "noise_stride ignored": ("i / a.channels * a.noise_stride", "i / a.channels * a.pixels"),
     "strength_stride ignored": ("[i % a.channels * a.strength_stride]", "[i % a.channels]"),
     "pixels not divisible": ("a.pixels % V == 0 && ", ""),
-    "columns not divisible": ("p.columns % V == 0 && aligned({p.gradient});", "aligned({p.gradient});"),
-    "x not aligned": ("aligned({a.x, a.noise, a.y, a.dy, a.dx})", "true"),
-    "noise not aligned": ("(a.noise_stride * sizeof(T)) % 16 == 0 && ", ""),
-    "too few blocks": ("(a.instances + L::INSTANCES - 1) / L", "a.instances / L"),
-    "instances of four warps": ("(blockIdx.x) * L::INSTANCES + threadIdx.y", "(blockIdx.x) * 4 + threadIdx.y"),
-    "steps between instances": ("step = int64_t(gridDim.x) * L", "step = int64_t(gridDim.x) * 2 * L"),
-    "steps between pieces": ("i += gridDim.x) {\n    float squares", "i += 2 * gridDim.x) {\n    float squares"),
-    "steps within a piece": ("k += ROW_THREADS", "k += 2 * ROW_THREADS"),
+    "noise_stride not aligned": ("(a.noise_stride * sizeof(T)) % 16 == 0 && ", ""),
+    "too few blocks": ("(a.instances + per_block - 1) / per", "a.instances / per"),
+    "few blocks of many warps": ("/ MULTIPROCESSORS, 1, 4)", ", 1, 4)"),
+    "instances of four warps": ("int64_t(blockIdx.x) * blockDim.y", "int64_t(blockIdx.x) * 4"),
+    "steps between instances": ("step = int64_t(gridDim.x) *", "step = 2 * int64_t(gridDim.x) *"),
+    "threads without an instance": ("min(first + threadIdx.y, a.instances - 1)", "first + threadIdx.y"),
+    "columns not divisible": ("p.columns % V == 0 && ", ""),
+    "gradient not aligned": ("aligned({p.gradient, ", "aligned({"),
+    "d_gradient not aligned": ("p.gradient, p.d_gradient}", "p.gradient}"),
+    "pieces overlap": ("min(cut.length, cut.vectors - j * cut.length)", "cut.length"),
+    "steps between pieces": ("j += gridDim.x", "j += 2 * gridDim.x"),
+    "steps between rows": ("row += gridDim.y", "row += 2 * gridDim.y"),
+    "squares of the first tile": ("float squares[V] = {}, total = 0;\n    each_tile<ROW_THREADS * ROW_ITEMS>(count, ",
+                                  "float squares[V] = {}, total = 0;\n    each_tile<1 << 30>(count, "),
+    "stores into the first tile": ("d_gradient[tile + k]", "d_gradient[k]"),
+    "other rows' pieces": ("distance = lanes / 2", "distance = 16"),
+    "pieces left out": ("j += lanes", "j += 32"),
+    "rows left out": ("first += 1024 / lanes", "first += 1024"),
+    "rows counted by each lane": ("row < p.rows && lane == 0", "row < p.rows"),
+    "rows beyond the last": ("    if (row < p.rows)\n", ""),
+    "division by a zero norm": ("norm == 0 ? 0 : ", ""),
 }
+FAULTS |= {f"{name} not aligned": ("{a.x, a.noise, a.y, a.dy, a.dx}", "{" + ", ".join(
+    f"a.{other}" for other in ("x", "noise", "y", "dy", "dx") if other != name) + "}") for name in TENSORS}
+FAULTS |= {f"{limit} pixels are no limit": (
+    "a.pixels > L::ROOM", f"a.pixels > L::ROOM + (L::ROOM == {limit} && L::TILE == {tile} ? 4 : 0)")
+    for limit, tile in LIMITS.items()}
+FAULTS["256 pixels one by one are no limit"] = "a.pixels > L::ROOM", "a.pixels > L::ROOM + (L::TILE == L::ROOM)"
 
 
 @pytest.mark.parametrize("fault", ["none", *FAULTS])
@@ -411,7 +473,7 @@ def test_faults_are_found(fault, tmp_path):
     source, others = re.subn(r"    case Dtype::b?float16:.*\n", "", source.replace(snippet, faulty))  # for speed
     assert others == 2
     (tmp_path / "cuda.cu").write_text(source)
-    status, errors = outcome_apart(shared_library(tmp_path / "cuda.cu", tmp_path / "cuda.so"))
+    status, errors = outcome_apart(shared_library(tmp_path / "cuda.cu", tmp_path / "cuda.so", "-O0"))
     if fault == "none":
         assert status == 0, errors
     else:

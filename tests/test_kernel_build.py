@@ -310,34 +310,83 @@ def test_cuda_sources_compile_link_and_load_where_nvcc_is(tmp_path):
     assert len(libraries(tmp_path)) == 1
 
 
-def test_what_nvcc_made_of_the_cuda_source(tmp_path):
-    """No register spilled, no local memory; wide layouts load all they hold, 16 bytes at a time, before they wait for any."""
+TARGETS = ["sm_90", "sm_100"]
+
+
+def instructions(code):
+    """Of a disassembled kernel: text, barrier that the result opens (7: none), mask of the barriers waited for."""
+    word = r"/\* (0x[0-9a-f]{16}) \*/"
+    for text, _, high in re.findall(rf"/\*[0-9a-f]{{4,}}\*/\s+(.*?)\s*;?\s*{word}\s+{word}", code):
+        control = int(high, 16) >> 41
+        yield text, control >> 5 & 7, control >> 11 & 63
+
+
+def loads_at_once(code):
+    """Numbers of 16-byte loads under way, each time that the first of them is waited for."""
+    runs, barriers = [0], 0
+    for text, opens, waits_for in instructions(code):
+        if waits_for & barriers:
+            barriers = 0
+            runs.append(0)
+        if re.search(r"\bLDG\S*\.128", text):
+            barriers |= 1 << opens
+            runs[-1] += 1
+    return [run for run in runs if run]
+
+
+def check_what_nvcc_makes(nvcc, architecture, folder):
+    """No register spilled, no local memory; 16 bytes per access, all loads of a tile before the first is waited for."""
+    cubin = folder / architecture
+    report = subprocess.run([nvcc, "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-o", cubin,
+                             ROOT / "csrc" / "cuda.cu"], capture_output=True, text=True, check=True).stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                         r"(\d+) bytes spill loads", report, re.DOTALL)
+    assert len(kernels) == 2 * (11 + 10 + 10) + 3 * 2 * 2 + 1  # AdaIN's layouts per dtype; the penalty's; the norms
+    spilled = [kernel for kernel in kernels if kernel[1:] != ("0", "0", "0")]
+    assert not spilled, (architecture, spilled)
+    disassembler = build.shutil.which("cuobjdump") or Path(
+        importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    codes = dict(part.split("\n", 1) for part in listing.split("Function : ")[1:])
+    assert len(codes) == len(kernels)
+    assert not any(re.search(r"\b(LDL|STL)\b", code) for code in codes.values())
+    checked = 0
+    for name, code in codes.items():
+        layout = re.search(r"LayoutI(?:f|6__half|13__nv_bfloat16)Li([48])ELi(\d+)ELi(\d+)ELb([01])EEELb([01])", name)
+        if layout:
+            vector, threads, items, _, backward = map(int, layout.groups())
+            least = items * (2 + backward)  # of x, the noise, dy
+            if fewer := (vector, threads, items, backward) == (4, 512, 8, 0):  # 64 registers: x, half of the noise
+                least = 12 if architecture in TARGETS else 9  # or less of it
+        elif re.search(r"(square_sums|scaled_rows)I\w+Li[48]E", name):
+            least, fewer = 4, False
+        else:
+            continue
+        checked += 1
+        runs = loads_at_once(code)
+        assert runs[0] >= least and (fewer or min(runs) >= least), (architecture, name, runs)
+        assert "square_sums" in name or re.search(r"\bSTG\S*\.128", code)
+        assert not re.search(r"\b(LDG|STG)\S*\.64\b", code)
+    assert checked == 2 * (9 + 8 + 8) + 3 * 2
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_what_nvcc_makes_of_the_cuda_source(architecture, tmp_path):
     nvcc = build.shutil.which("nvcc")
     if not nvcc:
         pytest.skip("no nvcc on the PATH")
-    report = subprocess.run([nvcc, "-std=c++20", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "cubin",
-                             ROOT / "csrc" / "cuda.cu"], capture_output=True, text=True, check=True).stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-                         r"loads.*?Used (\d+) registers", report, re.DOTALL)
-    assert len(kernels) == 3 * (2 * 7 + 2 * 2) + 1  # dtypes times AdaIN's layouts, the penalty's; the sum of the norms
-    assert all(kernel[1:4] == ("0", "0", "0") for kernel in kernels)
-    assert all(int(registers) <= 64 for name, *_, registers in kernels if "Li1024E" in name), "or the block does not fit"
-    disassembler = build.shutil.which("cuobjdump") or Path(
-        importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listing = subprocess.run([disassembler, "-sass", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-    codes = dict(part.split("\n", 1) for part in listing.split("Function : ")[1:])
-    assert len(codes) == len(kernels) and not any(re.search(r"\b(LDL|STL)\b", code) for code in codes.values())
-    held = {}
-    for name, code in codes.items():
-        layout = re.search(r"LayoutI(f|6__half|13__nv_bfloat16)Li([48])ELi(\d+)ELi([1-9]\d*)EEELb([01])", name)
-        if layout:
-            items, backward = int(layout[4]), int(layout[5])
-            streaks = [len(re.findall(r"\bLDG\.E\.128", part)) for part in re.split(r"\b(?:BRA|BAR|SHFL)\b", code)]
-            held[name] = max(streaks) / (items * (2 + backward))  # of x, the noise, dy
-            assert re.search(r"\bSTG\.E\.128", code)
-        elif "square_sums" in name and "Li1E" not in name:
-            assert re.search(r"\bLDG\.E\.128", code) and not re.search(r"\bLDG\.E\.64", code)
-    assert len(held) == 3 * 4 * 2 and min(held.values()) == 1, held
+    check_what_nvcc_makes(nvcc, architecture, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_nvcc_makes_for_all_architectures(tmp_path):
+    nvcc = build.shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc on the PATH")
+    offered = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    assert "sm_90" in offered
+    for architecture in offered:
+        check_what_nvcc_makes(nvcc, architecture, tmp_path)
 
 
 def test_nothing_is_compiled_for_a_run_that_cannot_begin(tmp_path):

@@ -51,6 +51,7 @@ extern "C" {
 // can go, 5 the same from the last warp. Odd orders take the blocks in reverse, too.
 int emulator_order = 0;
 unsigned emulator_most_blocks = ~0u;                            // larger grids are cut to this, for kernels that loop
+unsigned emulator_blocks = 0, emulator_threads = 0;             // of the last launch, before that; per block
 }
 
 namespace emulator {
@@ -171,6 +172,7 @@ inline void run_block(int threads) {
 }  // namespace emulator
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait(emulator::block, line); }
+inline void __syncwarp(int line = __builtin_LINE()) { emulator::wait(*emulator::current->warp, line); }
 
 inline float __shfl_xor_sync(unsigned mask, float value, int other, int line = __builtin_LINE()) {
   const int lane = emulator::current->lane;
@@ -188,14 +190,15 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
   const uint64_t threads = uint64_t(b.x) * b.y * b.z;
   if (g.x - 1 >= 0x7fffffff || g.y - 1 >= 65535 || g.z - 1 >= 65535 || b.z > 64 || threads - 1 >= 1024)
     emulator::die("invalid launch of %u,%u,%u blocks of %u,%u,%u threads", g.x, g.y, g.z, b.x, b.y, b.z);
-  gridDim.x = min(g.x, emulator_most_blocks);
+  emulator_blocks = g.x * g.y * g.z, emulator_threads = unsigned(threads);
+  gridDim.x = min(g.x, emulator_most_blocks), gridDim.y = min(g.y, emulator_most_blocks);
   auto call = [&] { kernel(arguments...); };
   emulator::kernel = [](void* f) { (*static_cast<decltype(call)*>(f))(); };
   emulator::kernel_arguments = &call;
-  const uint64_t blocks = uint64_t(gridDim.x) * g.y * g.z;
+  const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * g.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t k = emulator_order % 2 ? blocks - 1 - i : i;
-    blockIdx = dim3(k % gridDim.x, k / gridDim.x % g.y, k / gridDim.x / g.y);
+    blockIdx = dim3(k % gridDim.x, k / gridDim.x % gridDim.y, k / gridDim.x / gridDim.y);
     emulator::run_block(int(threads));
   }
   return 0;
