@@ -113,6 +113,37 @@ template <class R, class Term> inline Sums sum(int64_t count, Term term) {
 
 template <class R> inline R leaky_relu(R value, R slope) { return value > 0 ? value : value * slope; }
 
+// --------------------------------------------------------------------------------------- stores
+// A tensor of 32 MB or more, which few caches hold beside others, is written past the caches: they would read each line
+// of it before they change it. `of_these`: bytes that are written together. Only AVX-512 has a store of a whole line.
+#ifdef __AVX512F__
+inline bool past_caches(const void* to, int64_t bytes, int64_t of_these) {
+  return bytes >= 1 << 25 && of_these % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+inline void store_past_caches(void* to, const void* from, int64_t bytes) {
+  for (int64_t k = 0; k < bytes / 64; ++k)
+    _mm512_stream_si512(static_cast<__m512i*>(to) + k, static_cast<const __m512i*>(from)[k]);
+}
+inline void wait_for_stores() { _mm_sfence(); }                             // before other threads read
+#else
+inline bool past_caches(const void*, int64_t, int64_t) { return false; }
+inline void store_past_caches(void*, const void*, int64_t) {}
+inline void wait_for_stores() {}
+#endif
+
+// Calls body(begin, count, piece) until all `count` numbers of `to` are written; body writes to piece. Inlined: where
+// `count` and `large` are constants nothing else is left.
+template <class T, class Count, class Large, class Body>
+inline __attribute__((always_inline)) void written(Count count, T* to, Large large, Body body) {
+  if (!large) return body(0, count, to);
+  alignas(64) T piece[256];
+  for (int64_t begin = 0; begin < count; begin += 256) {
+    const int64_t length = std::min<int64_t>(256, count - begin);
+    body(begin, length, piece);
+    store_past_caches(to + begin, piece, length * sizeof(T));
+  }
+}
+
 // ----------------------------------------------------------------------------- gradient penalty
 // The part of a row that piece number i of all the rows is.
 struct Piece {
@@ -160,8 +191,12 @@ template <class T> void backward(const Penalty& p, Where where) {
       const R factor = norm == 0 ? 0 : d_norm / norm;                       // at norm 0 the subgradient 0: torch.norm's
       const T* g = static_cast<const T*>(p.gradient) + piece.begin;
       T* d_gradient = static_cast<T*>(p.d_gradient) + piece.begin;
-      each(piece.count, [=](int64_t k) { d_gradient[k] = factor * R(g[k]); });
+      const bool large = past_caches(d_gradient, p.rows * p.columns * sizeof(T), piece.count * sizeof(T));
+      written(piece.count, d_gradient, large, [=](int64_t begin, int64_t count, T* to) {
+        each(count, [=](int64_t k) { to[k] = factor * R(g[begin + k]); });
+      });
     }
+    wait_for_stores();
   });
 }
 
@@ -182,36 +217,6 @@ template <class R, bool NOISE, bool BEFORE> struct Instance {
   R activated(R value) const { return BEFORE ? leaky_relu(value, slope_before) : value; }
   R operator[](int64_t k) const { return activated(with_noise(k)); }
 };
-
-// A tensor of 32 MB or more, which few caches hold beside others, is written past the caches: they would read each line
-// of it before they change it. Only AVX-512 has a store of a whole line.
-#ifdef __AVX512F__
-inline bool past_caches(const void* to, int64_t bytes, int64_t bytes_of_instance) {
-  return bytes >= 1 << 25 && bytes_of_instance % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-}
-inline void store_past_caches(void* to, const void* from, int64_t bytes) {
-  for (int64_t k = 0; k < bytes / 64; ++k)
-    _mm512_stream_si512(static_cast<__m512i*>(to) + k, static_cast<const __m512i*>(from)[k]);
-}
-inline void wait_for_stores() { _mm_sfence(); }                             // before other threads read
-#else
-inline bool past_caches(const void*, int64_t, int64_t) { return false; }
-inline void store_past_caches(void*, const void*, int64_t) {}
-inline void wait_for_stores() {}
-#endif
-
-// Calls body(begin, count, piece) until all `count` numbers of `to` are written; body writes to piece. Inlined: where
-// `count` and `large` are constants nothing else is left.
-template <class R, class Count, class Large, class Body>
-inline __attribute__((always_inline)) void written(Count count, R* to, Large large, Body body) {
-  if (!large) return body(0, count, to);
-  alignas(64) R piece[256];
-  for (int64_t begin = 0; begin < count; begin += 256) {
-    const int64_t length = std::min<int64_t>(256, count - begin);
-    body(begin, length, piece);
-    store_past_caches(to + begin, piece, length * sizeof(R));
-  }
-}
 
 template <class R, bool NOISE, bool BEFORE, class Count, class Large>
 inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {

@@ -121,7 +121,7 @@ def test_gradients_of_each_result_and_expanded_ones(create_graph):
     """That of a sum or a mean is one number, expanded; under create_graph another piece of code computes it."""
     gradient, (x, *styles) = torch.randn(4, 5, 3, requires_grad=True), adain_inputs((6, 10), torch.float32)
     x.requires_grad_()
-    for use in (lambda result: result[0], lambda result: result[1].mean(), lambda result: result[1].square().sum()):
+    for use in (lambda result: result[0], lambda result: result[1].sum(), lambda result: result[1].mean(), lambda result: result[1].square().sum()):
         found, exact = [torch.autograd.grad(use(function(gradient)), gradient, create_graph=create_graph)
                         for function in (penalty_of, penalty_of.formula)]
         torch.testing.assert_close(found, exact)
@@ -165,6 +165,8 @@ def test_a_tensor_no_cache_holds_is_written_past_the_caches(kernels):
         whole, halves = both(slice(0, 2)), [both(slice(i, i + 1)) for i in range(2)]
         assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip(whole[0], *[half[0] for half in halves]))
         torch.testing.assert_close(whole[1], torch.cat([half[1] for half in halves]), rtol=1e-4, atol=1e-2)
+        rows, ones = x.flatten(0, 1).flatten(1), torch.ones(2 * 131)
+        assert torch.equal(kernels.penalty_backward(rows, ones, torch.zeros(()), ones), rows)  # times 1
 
 
 @pytest.mark.parametrize("mean, deviation", [(1000, 1), (-30, 1e-2), (3, 0)])
