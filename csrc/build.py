@@ -89,6 +89,8 @@ def flags(device):
     target = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
     if device == "cuda":
         return {"extra_cflags": [*target, "-DUSE_CUDA"], "extra_cuda_cflags": ["-O3"]}
+    # All instructions of this processor, but in the compiler's usual order, which was faster; whole AVX-512 vectors; no
+    # detours for errno and traps, which nobody asks for.
     native = ["-march=native", "-mtune=generic", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
     return {"extra_cflags": [*target, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *native]}
 

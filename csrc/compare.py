@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what 
 SHAPES = {"penalty": [(64, 784), (300, 784), (4096, 784), (512, 3072), (64, 49152)],
           "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
                     (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
-LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of so many samples that the last cache holds a fourth
+LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of so many samples that the last cache holds a quarter at most
 GRAPH = 20  # calls in a CUDA graph: what it takes to launch one does not count
 PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
 
@@ -152,7 +152,7 @@ def launched_at_once(task, device):
 def measure(tasks, device, calls=1):
     """Seconds per call: {"median", "spread", "best"} of each task, from rounds that visit all of them in turn.
 
-    calls: of what is measured in each task.
+    calls: how often a task runs what is measured.
     """
     def seconds(task, repeats):
         wait(device)

@@ -61,14 +61,14 @@ template <class Body> void parallel(Where where, int64_t count, int64_t cost, Bo
   where.parallel(count, 1 + 32768 / (1 + cost), part, &body);
 }
 
-// `omp simd` has the compiler vectorise a loop. Bodies capture by value where they can: what is read through a reference
-// could change with every write.
+// `omp simd` has the compiler vectorise a loop. Bodies capture by value where they can: what is read through a
+// reference could change with every write.
 template <int N, class Body> inline void lanes(Body body) {
 #pragma omp simd
   for (int l = 0; l < N; ++l) body(l);
 }
 
-// The compiler may not change the order of a sum of floats. So WIDE sums run side by side, which fills two vectors of
+// The compiler may not change the order of a sum of floats. So WIDE sums run side by side, of floats two vectors of
 // AVX-512: the next addition need not wait for the last. Folded, they leave NARROW ones, and these a single one.
 constexpr int WIDE = 32, NARROW = 16;
 
@@ -114,11 +114,11 @@ template <class R, class Term> inline Sums sum(int64_t count, Term term) {
 template <class R> inline R leaky_relu(R value, R slope) { return value > 0 ? value : value * slope; }
 
 // --------------------------------------------------------------------------------------- stores
-// A tensor of 32 MB or more, which few caches hold beside others, is written past the caches: they would read each line
-// of it before they change it. `of_these`: bytes that are written together. Only AVX-512 has a store of a whole line.
+// A tensor of 32 MB or more does not fit into most caches. It is written past them, since they would read each line of
+// memory before they change it; part: bytes of an image or a piece of a row. Only AVX-512 writes a line by one instruction.
 #ifdef __AVX512F__
-inline bool past_caches(const void* to, int64_t bytes, int64_t of_these) {
-  return bytes >= 1 << 25 && of_these % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+inline bool past_caches(const void* to, int64_t bytes, int64_t part) {
+  return bytes >= 1 << 25 && part % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 inline void store_past_caches(void* to, const void* from, int64_t bytes) {
   for (int64_t k = 0; k < bytes / 64; ++k)
@@ -149,7 +149,7 @@ inline __attribute__((always_inline)) void written(Count count, T* to, Large lar
 struct Piece {
   int64_t row, begin, count;
   Piece(const Penalty& p, int64_t i) {
-    const int64_t n = pieces(p.rows, p.columns), length = (p.columns + n - 1) / n;
+    const int64_t n = pieces(p.rows, p.columns), length = ((p.columns + n - 1) / n + 63) / 64 * 64;     // whole lines
     row = i / n;
     begin = i % n * length;
     count = std::min(length, p.columns - begin);                            // below 1: nothing is left for it
@@ -298,7 +298,7 @@ template <class R> void instances(const Adain& a, int64_t stride, int64_t begin,
 
 // 16-bit instances are computed in float32, each from copies and into one.
 template <class T> void converted(const Adain& a, int64_t begin, int64_t end, bool backwards) {
-  std::vector<float> x(a.pixels), noise(a.pixels), dy(a.pixels), result(a.pixels);
+  std::vector<float> x(a.pixels), noise(a.noise ? a.pixels : 0), dy(backwards ? a.pixels : 0), result(a.pixels);
   Adain one = a;
   one.x = x.data(), one.dy = dy.data(), one.y = one.dx = result.data();
   if (a.noise) one.noise = noise.data(), one.noise_stride = 0;

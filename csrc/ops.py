@@ -6,7 +6,8 @@
         return (norm - 1).square().mean(), norm
 
 Until choose() has found kernels for the device of its first argument, and for arguments that they do not take,
-such a function is the formula below the decorator. It remains `penalty_of.formula` in any case; `penalty_of.kernel` is the kernel's name.
+such a function is the formula below the decorator. It remains `penalty_of.formula` in any case; `penalty_of.kernel` is
+the kernel's name.
 """
 
 import contextlib
@@ -109,6 +110,8 @@ def fused(name):
             return function.apply(tensor, *others, formula, KERNELS[tensor.device.type])
 
         SERVED.append(apply)  # torch.compile would look into it and lose the second derivative
+        if KERNELS:
+            torch.compiler.allow_in_graph(apply)
 
         @functools.wraps(formula)
         def call(*arguments, **options):
@@ -165,11 +168,11 @@ class Penalty(Function):
 
 
 def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
-    """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise), like x.
+    """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise): [N, C, H, W].
 
     mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
-    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. The noise gets no gradient. Of several
-    dtypes, as under autocast, the result has the widest.
+    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. The noise gets no gradient. The result
+    has x's dtype or, of several as under autocast, the widest.
     """
     dtype = taken(*[t for t in (x, scale, bias, noise, strength) if t is not None])
     fits = dtype and x.dim() == 4 and scale.shape == bias.shape == x.shape[:2] and (noise is None) == (strength is None)
@@ -183,8 +186,8 @@ def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_befor
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     x, scale, bias, noise, strength = cast(dtype, x, scale, bias, noise, strength)
     if noise is not None:
-        # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps such a view of
-        # varying sizes for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
+        # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps two views of
+        # one tensor of varying size for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
         if torch.compiler.is_compiling() or not noise[:1].is_contiguous():
             noise = noise.clone(memory_format=torch.contiguous_format)
     return apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
@@ -208,7 +211,7 @@ class AdaIN(Function):
             return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
             dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
-        # in two steps: one long sum PyTorch would cut into as many as there are threads
+        # In two steps: a sum of 32,768 numbers or more PyTorch cuts into as many as there are threads.
         d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape)
         d_scale, d_bias, d_strength = cast(x.dtype, d_scale, d_bias, d_strength)
         return dx, d_scale, d_bias, None, d_strength, None, None, None, None

@@ -64,8 +64,10 @@ def outcome_apart(path):
     process = FORKS.Process(target=check_apart, args=(path, path.with_suffix(".log")))
     process.start()
     process.join(60)
+    late = process.is_alive()
     process.kill()
     process.join()
+    assert not late, "not done after 60 s"
     return process.exitcode, path.with_suffix(".log").read_text()
 
 

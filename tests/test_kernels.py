@@ -31,6 +31,7 @@ def device(request):
 def kernels(device):
     """The operators; a failure, not a skip, where they cannot be built: every test below would compare PyTorch with itself."""
     ops.choose("fused", device)
+    torch._dynamo.reset()  # it would count the recompilations of all tests
     with torch.device("cuda") if device == "cuda" else contextlib.nullcontext():  # tensors are made there
         yield getattr(torch.ops, f"gan_{device}")
 
@@ -165,8 +166,11 @@ def test_a_tensor_no_cache_holds_is_written_past_the_caches(kernels):
         whole, halves = both(slice(0, 2)), [both(slice(i, i + 1)) for i in range(2)]
         assert all(torch.equal(a, torch.cat(parts)) for a, *parts in zip(whole[0], *[half[0] for half in halves]))
         torch.testing.assert_close(whole[1], torch.cat([half[1] for half in halves]), rtol=1e-4, atol=1e-2)
-        rows, ones = x.flatten(0, 1).flatten(1), torch.ones(2 * 131)
-        assert torch.equal(kernels.penalty_backward(rows, ones, torch.zeros(()), ones), rows)  # times 1
+        rows = x.flatten(0, 1).flatten(1)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64) if x.device.type == "cpu" else (torch.float32,):
+            some = torch.cat([rows, rows]).to(dtype) if dtype == torch.bfloat16 else rows.to(dtype)
+            real = torch.ones(len(some), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            assert torch.equal(kernels.penalty_backward(some, real, real.new_zeros(()), real), some)  # times 1
 
 
 @pytest.mark.parametrize("mean, deviation", [(1000, 1), (-30, 1e-2), (3, 0)])
@@ -330,6 +334,19 @@ def test_a_penalty_through_fused_adain_is_no_silent_zero(compiled):
         assert calls.count == {"adain": 1, "penalty": 1, "penalty_backward": 1, "adain_backward": 1}  # the last for grad()
     torch.testing.assert_close(found, gradients(adain.formula, penalty_of.formula), rtol=1e-4, atol=1e-5)
     assert all(gradient.norm() > 1 for gradient in found)
+
+
+def test_a_formula_of_later_is_no_silent_zero_either(device):
+    """One that is decorated after the kernels were chosen: torch.compile takes it whole, with its second derivative."""
+    @ops.fused("penalty")
+    def late(gradient):
+        norm = gradient.flatten(1).norm(2, dim=1)
+        return (norm - 1).square().mean(), norm
+
+    x = torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(late, backend="eager", fullgraph=True)
+    slopes = [torch.autograd.grad(function(x)[0], x, create_graph=True)[0].square().sum() for function in (compiled, late.formula)]
+    torch.testing.assert_close(*[torch.autograd.grad(slope, x) for slope in slopes])
 
 
 def test_one_sample_whose_gradient_is_channels_last():
