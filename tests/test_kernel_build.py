@@ -61,13 +61,13 @@ def nothing_cached(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_compiled_once_then_cached_then_again_for_another_source(tmp_path):
+def test_compiled_once_then_cached_then_again_for_another_source(tmp_path, quick):
     """One line the first time; none later; a changed header or a damaged file is compiled anew."""
     sources = tmp_path / "copy" / "csrc"
     sources.mkdir(parents=True)
     for path in (ROOT / "csrc").glob("*.*"):
         (sources / path.name).write_bytes(path.read_bytes())
-    cache, here = tmp_path / "cache", {"cwd": sources.parent}
+    cache, here = tmp_path / "cache", {"cwd": sources.parent, "CXX": quick}
     first = finish(start(cache, **here))
     assert first[:2] == ["kernels compiling csrc/ for cpu, once", "fused, for cpu"] and "gan_cpu" in first[2]
     assert finish(start(cache, **here)) == first[1:], "cached: says nothing"
