@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if Path(sys.argv[0]).name[:1] == "0" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a script: Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a script: no traceback for Ctrl-C while torch is imported
 
 import numpy as np
 import torch
@@ -104,12 +104,13 @@ def guarded(main):
 
     Exit codes: 1 for what fails in mid-run, 2 for bad input, 128 + its number for a signal.
     """
-    while os.open(os.devnull, os.O_RDWR) < 2:  # of the standard streams one is closed: the next file would take its place
+    while os.open(os.devnull, os.O_RDWR) < 2:  # a standard stream is closed: the next file would take its place
         pass
     sys.stdout, sys.stderr = (  # "replace": "?" for what a terminal's encoding lacks
-        io.TextIOWrapper(io.BufferedWriter(Output(number, "w", closefd=False)), getattr(stream, "encoding", None), "replace",
-                         line_buffering=True) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
-    signals = [number for number in signal.valid_signals() if getattr(number, "name", "") in ("SIGINT", "SIGTERM", "SIGHUP")
+        io.TextIOWrapper(io.BufferedWriter(Output(number, "w", closefd=False)), getattr(stream, "encoding", None),
+                         "replace", line_buffering=True) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
+    signals = [number for number in signal.valid_signals()
+               if getattr(number, "name", "") in ("SIGINT", "SIGTERM", "SIGHUP")
                and signal.getsignal(number) == signal.SIG_DFL]  # else ignored, as by nohup
     for number in signals:
         signal.signal(number, interrupt)
@@ -139,7 +140,7 @@ LARGE = ("--batch-size", "--latent-dim", "--width", "--image-size", "--generate"
 
 
 def interrupt(number, frame):
-    """The handler of signals: a training ends where stop_if_asked says, anything else now; the same again ends at once."""
+    """Handles signals: a training ends where stop_if_asked says, anything else now; the same again ends at once."""
     signal.signal(number, signal.SIG_DFL)
     if Run.current and Run.current.training:
         Run.current.signal = number
@@ -155,7 +156,7 @@ def stop_if_asked():
 
 def limit_memory():
     """Let the system refuse memory that is not free: an error here, where its killer would end the process mute."""
-    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration, OverflowError, TypeError):  # inf: not known
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration, OverflowError, TypeError):  # not known
         import resource  # not on Windows
 
         with open("/proc/self/status") as file:
@@ -227,7 +228,8 @@ def fits(action, value):
         parsed = action.type(str(value)) if action.type else value
     except (ValueError, argparse.ArgumentTypeError):
         return False
-    return parsed == value and (action.type or isinstance(value, str)) and (not action.choices or parsed in action.choices)
+    chosen = not action.choices or parsed in action.choices
+    return parsed == value and chosen and (action.type or isinstance(value, str))
 
 
 class Parser(argparse.ArgumentParser):
@@ -268,7 +270,7 @@ class Parser(argparse.ArgumentParser):
                         "where they can be compiled", "kernels", choices=["auto", "fused", "reference"])
 
     def option(self, flag, help, group="training", **settings):
-        """Add a flag to a group of GROUPS; its help shows the default, row by row where the rows of the table differ."""
+        """Add a flag to a group of GROUPS; its help shows the default, or that of each row of the table."""
         name = flag.strip("-").replace("-", "_")
         values = {row: {**self.defaults, **table}.get(name) for row, table in self.constants.items()}
         default = ", ".join(f"{row} {value}" for row, value in values.items())
@@ -289,7 +291,8 @@ class Parser(argparse.ArgumentParser):
         if RANKS > 1 and given.keys() & {"run", "compare_kernels"}:
             fail("torchrun is for trainings; start this with python")
         if "run" in given or "resume" in given:
-            return argparse.Namespace(**(self._options_of_run(given) if "run" in given else self._options_to_resume(given)))
+            read = self._options_of_run if "run" in given else self._options_to_resume
+            return argparse.Namespace(**read(given))
         for name in sorted(self.drawing & self.given):
             fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
         dataset = given.get("dataset")
@@ -333,7 +336,7 @@ class Parser(argparse.ArgumentParser):
         folder, script = Path(given.get("output_dir", DEFAULTS["output_dir"])), Path(self.prog).stem
         found = sorted(folder.glob(f"{script}-*/checkpoint.pt"), key=os.path.getmtime)
         if not (given["resume"] or found):
-            fail(f"--resume: there is no run of {script} in {folder}; name it, or its folder's folder with --output-dir")
+            fail(f"--resume: there is no run of {script} in {folder}: name it, or say where it lies with --output-dir")
         options, path = self._read("--resume", given.pop("resume") or found[-1])
         if "digest" not in options:
             fail(f"--resume: {path} is of an older version, which cannot go on")
@@ -341,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in here.items():
             if options.get(name) != value != "auto" and name not in ("epochs", "output_dir", "data_dir"):
                 fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: "
-                     "a training goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
+                     "it goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
         if given.get("epochs", options["epochs"]) < options["epochs"]:
             fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
         moved = {name: given[name] for name in ("epochs", "data_dir") if name in given}
@@ -408,7 +411,8 @@ def prepare(args):
         print(f"data    {len(held_out.samples)} training samples are held out to choose best.pt")
     if len(data.samples) < args.batch_size:
         fail(f"--batch-size {args.batch_size} exceeds the {len(data.samples)} training samples")
-    print(f"data    {data.name}, {len(data.samples)} samples of {list(data.samples.shape[1:])}, batch {args.batch_size}")
+    shape = list(data.samples.shape[1:])
+    print(f"data    {data.name}, {len(data.samples)} samples of {shape}, batch {args.batch_size}")
     choose_kernels(args)
     args.batch_size //= RANKS  # from here on this process's own
     share = slice(RANK, len(data.samples) // RANKS * RANKS, RANKS)
@@ -523,7 +527,7 @@ class Run:
     def __init__(self, args, data, draw_noise, plots, styles=None, **state):
         self.args, self.data, self.draw_noise = args, data, draw_noise
         self.plots, self.styles, self.state = plots, styles or {}, state
-        self.step, self.history, self.scores = 0, [], {}  # steps done; a row per epoch; the last scores of each checkpoint
+        self.step, self.history, self.scores = 0, [], {}  # steps done; rows of epochs; last scores of each checkpoint
         self.batches, self.training, self.signal, self.large = None, False, None, {}
         self.bar = self.lock = self.folder = None
         if args.ema_decay:
@@ -582,7 +586,7 @@ class Run:
             self.save_checkpoint()
         stop_if_asked()
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch, initial=self.step, unit="step",
-                        disable=True if RANK else None, leave=False, dynamic_ncols=True)  # None: shown on terminals only
+                        disable=True if RANK else None, leave=False, dynamic_ncols=True)  # None: on terminals only
         self.step_saved, self.saved = self.step, time.perf_counter()
 
     def _new_folder(self):
@@ -597,7 +601,8 @@ class Run:
     def _save_real(self, count):
         index = torch.arange(count) * len(self.data.samples) // count  # evenly: folders come class by class
         if self.args.classes:  # a row per class
-            index = torch.cat([(self.data.labels == label).nonzero()[:8, 0].cpu() for label in range(self.args.classes)])
+            classes = range(self.args.classes)
+            index = torch.cat([(self.data.labels == label).nonzero()[:8, 0].cpu() for label in classes])
         self.pipeline.save(self.data.scaled(index.to(self.data.samples.device)).cpu(), 8, self.samples / "real.png")
 
     def __exit__(self, kind, error, trace):
@@ -704,7 +709,8 @@ class Run:
         if RANK:
             return
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
-        self._print(f"epoch {self.epoch:{len(str(self.args.epochs))}d}/{self.args.epochs}  {values}  {self.seconds:7.2f} s")
+        epochs = self.args.epochs
+        self._print(f"epoch {self.epoch:{len(str(epochs))}d}/{epochs}  {values}  {self.seconds:7.2f} s")
         self._save_log()
         if self._due(self.args.sample_interval):
             self._picture()
@@ -885,7 +891,7 @@ def replace_file(path, content):
 def sample_run(make_generator, shape, draw_noise, args, styles=None):
     """--from: load the run's generator, score it, write the pictures that were asked for into its samples/.
 
-    make_generator(*shape): the run's generator. styles: what --styles draws, {name: function of the pipeline and a path}.
+    make_generator(*shape): the run's generator. styles: what --styles draws, {name: function(pipeline, path)}.
     """
     args.device = pick_device(args.device)
     run = Path(args.run)
@@ -927,8 +933,8 @@ def load_generator(generator, path, device):
         generator.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return int(checkpoint["epoch"])
     except Exception:  # noqa: BLE001  whatever a damaged file raises
-        fail(f"--from: the generator in {path} does not fit its own options, or has weights that are no finite numbers; "
-             "the file is damaged, or of an older version")
+        fail(f"--from: the generator in {path} does not fit its own options, or has weights that are no finite "
+             "numbers; the file is damaged, or of an older version")
 
 
 def evaluate_run(pipeline, path):
@@ -1635,7 +1641,7 @@ def save_panels(panels, path):
 
 
 def save_curves(history, plots, path):
-    """Panels, four in a row: (title, quantities, {label: the value expected at convergence}) over the epochs of `history`."""
+    """Panels, four in a row, over the epochs of `history`: (title, quantities, {label: the value at convergence})."""
     from matplotlib.figure import Figure
 
     rows, columns = math.ceil(len(plots) / 4), min(4, len(plots))

@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what 
 SHAPES = {"penalty": [(64, 784), (300, 784), (4096, 784), (512, 3072), (64, 49152)],
           "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
                     (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
-LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of so many samples that the last cache holds a quarter at most
+LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of samples that four last caches would not hold
 GRAPH = 20  # calls in a CUDA graph: what it takes to launch one does not count
 PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
 

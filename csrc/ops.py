@@ -126,9 +126,9 @@ def taken(*tensors):
 
     What inference mode has left behind goes to the formula: no graph may keep it. torch.compile cannot ask for that.
     """
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
+    if (not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+            and any(tensor.is_inference() for tensor in tensors)):
+        return None
     device, dtype = tensors[0].device, tensors[0].dtype
     for tensor in tensors:
         if tensor.device != device:
@@ -185,11 +185,10 @@ def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_befor
     if not fits:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     x, scale, bias, noise, strength = cast(dtype, x, scale, bias, noise, strength)
-    if noise is not None:
-        # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps two views of
-        # one tensor of varying size for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
-        if torch.compiler.is_compiling() or not noise[:1].is_contiguous():
-            noise = noise.clone(memory_format=torch.contiguous_format)
+    # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps two views of one
+    # tensor of varying size for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
+    if noise is not None and (torch.compiler.is_compiling() or not noise[:1].is_contiguous()):
+        noise = noise.clone(memory_format=torch.contiguous_format)
     return apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
 
 
