@@ -344,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in here.items():
             if options.get(name) != value != "auto" and name not in ("epochs", "output_dir", "data_dir"):
                 fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: "
-                     "it goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
+                     "a run goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
         if given.get("epochs", options["epochs"]) < options["epochs"]:
             fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
         moved = {name: given[name] for name in ("epochs", "data_dir") if name in given}

@@ -222,9 +222,10 @@ template <class R, bool NOISE, bool BEFORE> struct Instance {
 template <class R, bool NOISE, bool BEFORE, class Count, class Large>
 inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {
   const Instance<R, NOISE, BEFORE> u(a, stride, i);
+  // The mean of all pixels or of a beginning: about it the sums below lose few digits.
   const int64_t beginning = pixels <= 64 ? pixels : std::max<int64_t>(64, pixels / 16);
   const R centre = R(sum<R>(beginning, [u](int64_t k, R& s, R&) { s += u[k]; }).first) / R(beginning);
-  const Sums d = sum<R>(pixels, [u, centre](int64_t k, R& s, R& t) {        // about it the sums lose few digits
+  const Sums d = sum<R>(pixels, [u, centre](int64_t k, R& s, R& t) {
     const R deviation = u[k] - centre;
     s += deviation;
     t += deviation * deviation;
