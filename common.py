@@ -755,6 +755,7 @@ class Run:
         self.pipeline.generate(*self.latents, self.samples / f"epoch_{self.epoch:04d}.png")
 
     def _final_pictures(self):
+        self.pipeline.generator.eval()  # its training is over; the styles are drawn by parts of it
         self.pipeline.generate(*self.final_latents, self.samples / "final.png")
         self.pipeline.interpolate(self.samples / "interpolation.png")
         dimensions = range(min(self.pipeline.rows, self.args.latent_dim))
@@ -896,7 +897,7 @@ def sample_run(make_generator, shape, draw_noise, args, styles=None):
     args.device = pick_device(args.device)
     run = Path(args.run)
     with torch.device("meta"):  # takes no memory: the weights come with the checkpoint
-        generator = make_generator(*shape)
+        generator = make_generator(*shape).eval()
     load_generator(generator, run, args.device)
     choose_kernels(args)
     pipeline = Pipeline(generator, draw_noise, args)

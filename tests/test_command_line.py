@@ -28,7 +28,7 @@ TEXT = {  # the text's constants; (ours) where it has none
     ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
                                              spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
                                              ttur="off", n_critic=1),
-    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=1e-3, lr_d=4e-3, beta1=0, beta2=0.99, latent_dim=64, width=64, style_mixing_prob=0.9, ema_decay=0.998)}         # ours
+    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0, beta2=0.99, latent_dim=128, width=64, style_mixing_prob=0.1, ema_decay=0.998)}         # ours
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The documents keep up with the code: marks and rows of the errata, commands and flags of the README."""
 
+import importlib.util
 import operator
 import re
 import shlex
@@ -26,10 +27,22 @@ def test_errata_and_marks_match():
     assert marked == {(number, name) for number, names in rows.items() for name in names}
 
 
+def load_results():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results():
+    return load_results()
+
+
 def commands():
-    """Every command of the README and of the exercises: in blocks, and as inline code."""
-    found = []
-    for document in ("README.md", "docs/exercises.md"):
+    """Every command of the README, the exercises and the results: in blocks, as inline code, and what results.py runs."""
+    found = [f"python {command}" for command, _ in sum(load_results().TABLES.values(), [])]
+    for document in ("README.md", "docs/exercises.md", "docs/results.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
             found += [command.strip() for line in block.splitlines() for command in line.partition("#")[0].split("&&")]
@@ -68,6 +81,31 @@ def test_links_exist(document):
     path = ROOT / document
     links = re.findall(r"\]\((?!http)([^)]+)\)", path.read_text(encoding="utf-8"))
     assert links and all((path.parent / link).exists() for link in links)
+
+
+def test_tables_of_the_results_are_those_of_the_rows(results):
+    """And each row is of a run that results.py knows, so that the commands and the document keep up with it."""
+    text = results.DOCUMENT.read_text(encoding="utf-8")
+    assert results.with_tables(text) == text and text.count("<!-- end -->") == len(results.TABLES)
+    known = {*sum(results.TABLES.values(), []), *((command, "time") for command in results.DEFAULTS)}
+    assert len(results.rows()) == len(results.ROWS.read_text(encoding="utf-8").splitlines()) and known >= results.rows().keys()
+
+
+def test_results_run_and_go_on(results, tmp_path, monkeypatch):
+    """A run gives a row, whether it runs through, goes on from a checkpoint, or had ended already; it runs but once."""
+    command = "01_vanilla_gan.py --dataset gaussians --epochs 2 --max-batches 2"
+    monkeypatch.setattr(results, "ROWS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(results, "TABLES", {"some": [(command, 0), (command, 1)]})
+    results.run_all(["some"], tmp_path, tmp_path, jobs=2)
+    rows = results.rows()
+    assert rows.keys() == {(command, 0), (command, 1)}
+    row = rows[command, 1]
+    assert row["last"]["step"] == 4 and row["seconds"] > 0 and sum(row["checkpoint"]["counts"]) == round(2500 * row["checkpoint"]["high_quality"])
+    assert row["last"]["loss_D"] != rows[command, 0]["last"]["loss_D"] and row["perfect sampler"]["modes"] == 8
+    results.run_all(["some"], tmp_path, tmp_path, jobs=2)
+    assert len(results.ROWS.read_text().splitlines()) == 2
+    again = results.run(command, 1, tmp_path, tmp_path, threads=row["threads"])
+    assert again == row, "it was complete and had lost its row"
 
 
 def help_of(script, capsys):

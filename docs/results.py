@@ -1,0 +1,247 @@
+"""Runs what results.md shows, keeps a row of each run, and writes its tables and pictures.
+
+    python docs/results.py --data-dir DIR                   all that is missing, two runs at a time
+    python docs/results.py --data-dir DIR defaults cures    of these tables alone
+    python docs/results.py --times                          how long a step takes, nothing else running
+    python docs/results.py --tables                         nothing new: the tables, from the rows
+
+A run is a command with a seed. When it ends, it becomes a row of results.jsonl; its folder lies in
+runs/results/. One that was stopped (Ctrl-C) goes on from its checkpoint when this is started again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT, ROWS, DOCUMENT = DOCS.parent, DOCS / "results.jsonl", DOCS / "results.md"
+
+# ----------------------------------------------------------------------------------- what is run
+FAST = " --lr-g 5e-4 --lr-d 5e-4 --lr-decay 1 --ema-decay 0.999"
+DEFAULTS = [
+    "01_vanilla_gan.py", "01_vanilla_gan.py --variant keras", "01_vanilla_gan.py --variant two-logit",
+    "02_dcgan.py",
+    "03_wgan_gp.py", "03_wgan_gp.py" + FAST, "03_wgan_gp.py --critic conv",
+    "04_cgan.py", "04_cgan.py" + FAST,
+    "05_sn_label_smoothing.py",
+    "06_stylegan_blocks.py",
+]
+PLAIN = "05_sn_label_smoothing.py --spectral-norm off"
+CURES = {
+    "none": PLAIN,
+    "saturating loss": "01_vanilla_gan.py --generator-loss saturating",
+    "labels 0.9 and 0": PLAIN + " --label-smoothing one-sided",
+    "labels 0.9 and 0.1": PLAIN + " --label-smoothing two-sided",
+    "labels 0.8 to 1.2 and 0": PLAIN + " --label-smoothing random",
+    "two learning rates": PLAIN + " --ttur on",
+    "five updates of D": PLAIN + " --n-critic 5",
+    "minibatch discrimination": PLAIN + " --minibatch-discrimination on",
+    "spectral normalisation": "05_sn_label_smoothing.py",
+    "the two above": "05_sn_label_smoothing.py --minibatch-discrimination on",
+    "WGAN-GP": "03_wgan_gp.py",
+}
+MIXTURES = ["gaussians", "ring", "grid"]
+SETTINGS = {     # one of the text's constants changed at a time: a plain GAN, WGAN-GP
+    PLAIN: ["", "--lr-g 1e-3 --lr-d 1e-3", "--lr-g 5e-5 --lr-d 5e-5", "--lr-d 8e-5", "--beta1 0", "--beta1 0.9",
+            "--batch-size 64", "--batch-size 1024", "--latent-dim 2", "--latent-dim 512"],
+    "03_wgan_gp.py": ["", "--lr-decay 0 --ema-decay 0", "--lr-g 2e-4 --lr-d 2e-4", "--beta1 0", "--latent-dim 2",
+                      "--n-critic 1", "--gp-weight 0.1", "--gp-weight 10"],
+}
+MNIST = " --epochs 1"
+STEPS = " --epochs 25 --max-batches 200"     # 5,000 generator steps
+TABLES = {
+    "defaults": [(command, seed) for command in DEFAULTS for seed in range(3 if command[:2] == "06" else 1)],
+    "cures": [(f"{command} --dataset {mixture}{STEPS}", seed)
+              for seed in range(3) for command in CURES.values() for mixture in MIXTURES],
+    "settings": [(f"{script} --dataset gaussians {flags}".rstrip() + STEPS, 0)
+                 for script, all_flags in SETTINGS.items() for flags in all_flags],
+    "cures-mnist": [(command + MNIST, 0) for command in CURES.values() if command[:2] == "05"],
+    "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")],
+}
+
+
+# ---------------------------------------------------------------------------------------- running
+def rows():
+    """The finished runs: {(command, seed): row}."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    return {(row["command"], row["seed"]): row for row in map(json.loads, lines)}
+
+
+def add_row(row):
+    with open(ROWS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def processor():
+    """The model of this machine's processor, as the system names it."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return found[1] if found else platform.processor()
+
+
+def run(command, seed, data_dir, folder, threads):
+    """Start one run or go on with it; its row once it is complete, else None."""
+    folder = folder / re.sub(r"\W+", "-", f"{command} {seed}")
+    started = sorted(folder.glob("*/checkpoint.pt"))
+    script, *flags = shlex.split(command)
+    arguments = [*flags, "--seed", str(seed), "--output-dir", folder]
+    if started:
+        arguments = ["--resume", started[0].parent]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as output:
+        code = subprocess.run([sys.executable, script, *arguments, "--data-dir", data_dir], cwd=ROOT, stdout=output,
+                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    path = next(folder.glob("*/log.jsonl"), None)
+    if code not in (0, 2) or not path:          # 2: it was complete, but had no row yet
+        print(f"code {code}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
+        return None
+    log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    versions, metrics = json.loads(path.with_name("options.json").read_text()), path.with_name("metrics.json")
+    scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
+    return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 1),
+            "threads": threads, "processor": processor(), "torch": versions["torch"], "last": log[-1],
+            **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
+
+
+def run_all(names, data_dir, folder, jobs):
+    """Run what has no row yet, `jobs` at a time with a share of the threads each; a row as each one ends."""
+    wanted = [key for name in names for key in TABLES[name] if key not in rows()]
+    threads, lock = max(1, os.cpu_count() // jobs), threading.Lock()
+
+    def work(key):
+        row = run(*key, data_dir, folder, threads)
+        if row:
+            with lock:
+                add_row(row)
+            print(f"{row['seconds'] / 60:6.1f} min  {key[0]}, seed {key[1]}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, dict.fromkeys(wanted)))
+
+
+def time_steps(data_dir, folder):
+    """A row of the time that one generator step of each default takes, alone on the machine with all its threads.
+
+    Each is trained for some seconds, three times in turns; the median counts. The first round reads all data anew and is
+    left out. 06 grows within these steps as in a whole training.
+    """
+    seconds = {command: [] for command in DEFAULTS}
+    for _ in range(4):
+        for command, times in seconds.items():
+            shutil.rmtree(folder / "timed", ignore_errors=True)
+            steps = {"01": 1000, "02": 40, "03": 200, "04": 200, "05": 40, "06": 100}[command[:2]]
+            flags = f" --epochs 1 --max-batches {steps} --eval-interval 0"
+            row = run(command + flags, 0, data_dir, folder / "timed", os.cpu_count())
+            times.append(row["seconds"] / steps)
+    for command, times in seconds.items():
+        add_row({"command": command, "seed": "time", "ms": 1000 * statistics.median(times[1:]),
+                 "threads": os.cpu_count(), "processor": processor()})
+
+
+# ----------------------------------------------------------------------------------------- tables
+def defaults_table(done):
+    yield ["Command", "Seed", "Minutes", "Last epoch line", "Inception Score", "Frechet distance", "Precision, recall",
+           "Rarest, most frequent digit"]
+    for command, seed in TABLES["defaults"]:
+        if row := done.get((command, seed)):
+            scores, last = row["checkpoint"], row["last"]
+            quantities = [f"{name} {last[name]:.3g}" for name in last
+                          if name not in ("epoch", "step", "seconds", "layers", *scores)]
+            shares = [100 * count / sum(scores["counts"]) for count in scores["counts"]]
+            asked = f"; {scores['as_asked']:.1%} as asked" if "as_asked" in scores else ""
+            time = done.get((command, "time"))
+            minutes = f"{time['ms'] * last['step'] / 60_000:.0f}" if time else "-"
+            yield [f"`{command}`", seed, minutes, ", ".join(quantities), f"{scores['IS']:.2f}",
+                   f"{scores['FD']:.1f}", f"{scores['precision']:.2f}, {scores['recall']:.2f}{asked}",
+                   f"{min(shares):.1f} %, {max(shares):.1f} %"]
+
+
+def spread(values, form):
+    """The mean of several runs, and their standard deviation after a sign."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def points_cells(done, command):
+    """Modes, share within three sigma, divergence, over the seeds that are done, and how many these are."""
+    found = [done[key]["checkpoint"] for key in done if key[0] == command]
+    return [spread([scores["modes"] for scores in found], ".1f"),
+            spread([100 * scores["high_quality"] for scores in found], ".1f"),
+            spread([scores["KL"] for scores in found], ".3f"), len(found)]
+
+
+def cures_table(done):
+    yield ["Cure", *(f"{mixture}: {what}" for mixture in MIXTURES for what in ("modes", "% within 3 sigma", "KL"))]
+    for name, command in CURES.items():
+        cells = [points_cells(done, f"{command} --dataset {mixture}{STEPS}")[:3] for mixture in MIXTURES]
+        yield [name, *sum(cells, [])]
+
+
+def settings_table(done):
+    yield ["Command", "Modes", "% within 3 sigma", "KL", "Rarest mode"]
+    for command, seed in TABLES["settings"]:
+        if row := done.get((command, seed)):
+            scores = row["checkpoint"]
+            yield [f"`{command.removesuffix(STEPS)}`", scores["modes"], f"{100 * scores['high_quality']:.1f}",
+                   spread([scores["KL"]], ".3f"), min(scores["counts"])]
+
+
+def cures_mnist_table(done):
+    yield ["Cure", "Inception Score", "Frechet distance", "Precision", "Recall", "Rarest digit", "Minutes"]
+    for name, command in CURES.items():
+        if row := done.get((command + MNIST, 0)):
+            scores = row["checkpoint"]
+            yield [name, f"{scores['IS']:.2f}", f"{scores['FD']:.1f}", f"{scores['precision']:.2f}",
+                   f"{scores['recall']:.2f}", f"{min(scores['counts']) / sum(scores['counts']):.1%}",
+                   f"{row['seconds'] / 60:.0f}"]
+
+
+def published_table(done):
+    yield ["Command", "Modes", "% within 3 sigma", "KL", "Seeds"]
+    for command in dict.fromkeys(command for command, _ in TABLES["published"]):
+        yield [f"`{command}`", *points_cells(done, command)]
+
+
+def with_tables(text):
+    """The document with each table, as the rows have it, between its marks."""
+    done = rows()
+    for name in TABLES:
+        head, *body = globals()[name.replace("-", "_") + "_table"](done)
+        lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body]]
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}\n" + "\n".join(lines) +
+                      f"\n\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all without it")
+    parser.add_argument("--data-dir", default="data", help="as in the scripts")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the processor's cores")
+    parser.add_argument("--times", action="store_true", help="only time the defaults; leave the machine alone")
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    if unknown := set(args.names) - TABLES.keys():
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    data_dir, folder = Path(args.data_dir).resolve(), ROOT / "runs" / "results"
+    if args.times:
+        time_steps(data_dir, folder)
+    elif not args.tables:
+        run_all(args.names or TABLES, data_dir, folder, args.jobs)
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
