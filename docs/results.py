@@ -10,6 +10,7 @@ runs/results/. One that was stopped (Ctrl-C) goes on from its checkpoint when th
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -20,8 +21,11 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 DOCS = Path(__file__).resolve().parent
 ROOT, ROWS, DOCUMENT = DOCS.parent, DOCS / "results.jsonl", DOCS / "results.md"
@@ -59,6 +63,7 @@ SETTINGS = {     # one of the text's constants changed at a time: a plain GAN, W
 }
 MNIST = " --epochs 1"
 STEPS = " --epochs 25 --max-batches 200"     # 5,000 generator steps
+UPDATES = "実装例6's discriminator"                # what time_updates times
 TABLES = {
     "defaults": [(command, seed) for command in DEFAULTS for seed in range(3 if command[:2] == "06" else 1)],
     "cures": [(f"{command} --dataset {mixture}{STEPS}", seed)
@@ -67,6 +72,7 @@ TABLES = {
                  for script, all_flags in SETTINGS.items() for flags in all_flags],
     "cures-mnist": [(command + MNIST, 0) for command in CURES.values() if command[:2] == "05"],
     "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")],
+    "updates": [],                              # of --times
 }
 
 
@@ -97,12 +103,13 @@ def run(command, seed, data_dir, folder, threads):
     if started:
         arguments = ["--resume", started[0].parent]
     folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "output.txt", "a") as output:
-        code = subprocess.run([sys.executable, script, *arguments, "--data-dir", data_dir], cwd=ROOT, stdout=output,
-                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+        done = subprocess.run([sys.executable, script, *arguments, "--data-dir", data_dir], cwd=ROOT, env=environment,
+                              stdout=output, stderr=subprocess.STDOUT, check=False)
     path = next(folder.glob("*/log.jsonl"), None)
-    if code not in (0, 2) or not path:          # 2: it was complete, but had no row yet
-        print(f"code {code}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
+    if done.returncode not in (0, 2) or not path:          # 2: it was complete, but had no row yet
+        print(f"code {done.returncode}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
         return None
     log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
     versions, metrics = json.loads(path.with_name("options.json").read_text()), path.with_name("metrics.json")
@@ -131,8 +138,8 @@ def run_all(names, data_dir, folder, jobs):
 def time_steps(data_dir, folder):
     """A row of the time that one generator step of each default takes, alone on the machine with all its threads.
 
-    Each is trained for some seconds, three times in turns; the median counts. The first round reads all data anew and is
-    left out. 06 grows within these steps as in a whole training.
+    Each is trained for some seconds, three times in turns; the median counts. A round before these warms up.
+    06 grows within these steps as in a whole training.
     """
     seconds = {command: [] for command in DEFAULTS}
     for _ in range(4):
@@ -145,6 +152,48 @@ def time_steps(data_dir, folder):
     for command, times in seconds.items():
         add_row({"command": command, "seed": "time", "ms": 1000 * statistics.median(times[1:]),
                  "threads": os.cpu_count(), "processor": processor()})
+
+
+def time_updates():
+    """A row of the milliseconds that 実装例6's discriminator takes, one thread: medians of 30, in turns.
+
+    An update at batch 64 without and with spectral normalisation, and with 03's penalty and loss; and the scores
+    alone, in eval mode.
+    """
+    sys.path.insert(0, str(ROOT))
+    five, three = (importlib.import_module(name) for name in ("05_sn_label_smoothing", "03_wgan_gp"))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    real, fake = torch.rand(2, 64, 1, 28, 28) * 2 - 1
+    plain, normal = five.Discriminator(torch.nn.Identity()), five.Discriminator()
+    optimizers = {network: torch.optim.Adam(network.parameters(), fused=True) for network in (plain, normal)}
+
+    def update(network):
+        five.discriminator_step(lambda z: fake, network, optimizers[network], real, None, "none")
+
+    def score(network, images):
+        with torch.no_grad():
+            network.eval()(images)
+        network.train()
+
+    kinds = {
+        "update": lambda: update(plain),
+        "update, spectral normalisation": lambda: update(normal),
+        "update, gradient penalty": lambda: three.critic_step(
+            lambda z: fake, plain, optimizers[plain], real, None, gp_weight=10.0),
+        "64 scores": lambda: score(plain, real),
+        "64 scores, spectral normalisation": lambda: score(normal, real),
+        "1 score": lambda: score(plain, real[:1]),
+        "1 score, spectral normalisation": lambda: score(normal, real[:1]),
+    }
+    times = {name: [] for name in kinds}
+    for _ in range(35):
+        for name, function in kinds.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: round(statistics.median(values[5:]), 3) for name, values in times.items()}
+    add_row({"command": UPDATES, "seed": "time", "threads": 1, "processor": processor(), "ms": medians})
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -185,8 +234,8 @@ def points_cells(done, command):
 def cures_table(done):
     yield ["Cure", *(f"{mixture}: {what}" for mixture in MIXTURES for what in ("modes", "% within 3 sigma", "KL"))]
     for name, command in CURES.items():
-        cells = [points_cells(done, f"{command} --dataset {mixture}{STEPS}")[:3] for mixture in MIXTURES]
-        yield [name, *sum(cells, [])]
+        yield [name, *(cell for mixture in MIXTURES
+                       for cell in points_cells(done, f"{command} --dataset {mixture}{STEPS}")[:3])]
 
 
 def settings_table(done):
@@ -214,14 +263,23 @@ def published_table(done):
         yield [f"`{command}`", *points_cells(done, command)]
 
 
+def updates_table(done):
+    yield ["", "Milliseconds", "Beside the plain one"]
+    if row := done.get((UPDATES, "time")):
+        for name, value in row["ms"].items():
+            plain = row["ms"][name.partition(",")[0]]
+            yield [name, f"{value:.1f}", f"{value / plain - 1:+.0%}"]
+
+
 def with_tables(text):
     """The document with each table, as the rows have it, between its marks."""
     done = rows()
     for name in TABLES:
         head, *body = globals()[name.replace("-", "_") + "_table"](done)
         lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body]]
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match: f"{match[1]}\n" + "\n".join(lines) +
-                      f"\n\n{match[2]}", text, flags=re.DOTALL)
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n" + "\n".join(lines) + f"\n\n{end}{after}"
     return text
 
 
@@ -237,6 +295,7 @@ def main():
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     data_dir, folder = Path(args.data_dir).resolve(), ROOT / "runs" / "results"
     if args.times:
+        time_updates()
         time_steps(data_dir, folder)
     elif not args.tables:
         run_all(args.names or TABLES, data_dir, folder, args.jobs)

@@ -1,6 +1,7 @@
 """The documents keep up with the code: marks and rows of the errata, commands and flags of the README."""
 
 import importlib.util
+import itertools
 import operator
 import re
 import shlex
@@ -41,7 +42,7 @@ def results():
 
 def commands():
     """Every command of the README, the exercises and the results: in blocks, as inline code, and what results.py runs."""
-    found = [f"python {command}" for command, _ in sum(load_results().TABLES.values(), [])]
+    found = [f"python {command}" for runs in load_results().TABLES.values() for command, _ in runs]
     for document in ("README.md", "docs/exercises.md", "docs/results.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
@@ -87,7 +88,7 @@ def test_tables_of_the_results_are_those_of_the_rows(results):
     """And each row is of a run that results.py knows, so that the commands and the document keep up with it."""
     text = results.DOCUMENT.read_text(encoding="utf-8")
     assert results.with_tables(text) == text and text.count("<!-- end -->") == len(results.TABLES)
-    known = {*sum(results.TABLES.values(), []), *((command, "time") for command in results.DEFAULTS)}
+    known = {*itertools.chain(*results.TABLES.values()), *((command, "time") for command in [*results.DEFAULTS, results.UPDATES])}
     assert len(results.rows()) == len(results.ROWS.read_text(encoding="utf-8").splitlines()) and known >= results.rows().keys()
 
 
