@@ -1,8 +1,7 @@
-"""Runs what results.md shows, keeps a row of each run, and writes its tables and pictures.
+"""Runs what results.md shows, keeps a row of each run, and writes its tables.
 
     python docs/results.py --data-dir DIR                   all that is missing, two runs at a time
     python docs/results.py --data-dir DIR defaults cures    of these tables alone
-    python docs/results.py --times                          how long a step takes, nothing else running
     python docs/results.py --tables                         nothing new: the tables, from the rows
 
 A run is a command with a seed. When it ends, it becomes a row of results.jsonl; its folder lies in
@@ -63,7 +62,6 @@ SETTINGS = {     # one of the text's constants changed at a time: a plain GAN, W
 }
 MNIST = " --epochs 1"
 STEPS = " --epochs 25 --max-batches 200"     # 5,000 generator steps
-UPDATES = "実装例6's discriminator"                # what time_updates times
 TABLES = {
     "defaults": [(command, seed) for command in DEFAULTS for seed in range(3 if command[:2] == "06" else 1)],
     "cures": [(f"{command} --dataset {mixture}{STEPS}", seed)
@@ -72,7 +70,6 @@ TABLES = {
                  for script, all_flags in SETTINGS.items() for flags in all_flags],
     "cures-mnist": [(command + MNIST, 0) for command in CURES.values() if command[:2] == "05"],
     "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")],
-    "updates": [],                              # of --times
 }
 
 
@@ -94,9 +91,14 @@ def processor():
     return found[1] if found else platform.processor()
 
 
+def slug(command, seed):
+    """The name of a run's folder."""
+    return re.sub(r"\W+", "-", f"{command} {seed}")
+
+
 def run(command, seed, data_dir, folder, threads):
     """Start one run or go on with it; its row once it is complete, else None."""
-    folder = folder / re.sub(r"\W+", "-", f"{command} {seed}")
+    folder = folder / slug(command, seed)
     started = sorted(folder.glob("*/checkpoint.pt"))
     script, *flags = shlex.split(command)
     arguments = [*flags, "--seed", str(seed), "--output-dir", folder]
@@ -120,8 +122,8 @@ def run(command, seed, data_dir, folder, threads):
 
 
 def run_all(names, data_dir, folder, jobs):
-    """Run what has no row yet, `jobs` at a time with a share of the threads each; a row as each one ends."""
-    wanted = [key for name in names for key in TABLES[name] if key not in rows()]
+    """Run what has no row yet, `jobs` at a time with a share of the threads each, then measure; a row as each ends."""
+    wanted = [key for name in names for key in TABLES.get(name, ()) if key not in rows()]
     threads, lock = max(1, os.cpu_count() // jobs), threading.Lock()
 
     def work(key):
@@ -131,38 +133,47 @@ def run_all(names, data_dir, folder, jobs):
                 add_row(row)
             print(f"{row['seconds'] / 60:6.1f} min  {key[0]}, seed {key[1]}", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         list(pool.map(work, dict.fromkeys(wanted)))
+    finally:                                    # Ctrl-C reaches the runs, too, which save and end
+        pool.shutdown(cancel_futures=True)
+    for name in names:
+        if name in MEASURES and (name, None) not in rows():
+            add_row({"command": name, "seed": None, "threads": torch.get_num_threads(), "processor": processor(),
+                     "found": MEASURES[name](data_dir, folder)})
 
 
-def time_steps(data_dir, folder):
-    """A row of the time that one generator step of each default takes, alone on the machine with all its threads.
+# -------------------------------------------------------------------------------------- measuring
+def load(script):
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module(script)
+
+
+def times(data_dir, folder):
+    """Milliseconds of a generator step of each default, alone on the machine, with all its threads.
 
     Each is trained for some seconds, three times in turns; the median counts. A round before these warms up.
     06 grows within these steps as in a whole training.
     """
     seconds = {command: [] for command in DEFAULTS}
     for _ in range(4):
-        for command, times in seconds.items():
+        for command, found in seconds.items():
             shutil.rmtree(folder / "timed", ignore_errors=True)
             steps = {"01": 1000, "02": 40, "03": 200, "04": 200, "05": 40, "06": 100}[command[:2]]
             flags = f" --epochs 1 --max-batches {steps} --eval-interval 0"
             row = run(command + flags, 0, data_dir, folder / "timed", os.cpu_count())
-            times.append(row["seconds"] / steps)
-    for command, times in seconds.items():
-        add_row({"command": command, "seed": "time", "ms": 1000 * statistics.median(times[1:]),
-                 "threads": os.cpu_count(), "processor": processor()})
+            found.append(row["seconds"] / steps)
+    return {command: 1000 * statistics.median(found[1:]) for command, found in seconds.items()}
 
 
-def time_updates():
-    """A row of the milliseconds that 実装例6's discriminator takes, one thread: medians of 30, in turns.
+def updates(data_dir, folder):
+    """Milliseconds that 実装例6's discriminator takes with this many threads: medians of 30, in turns.
 
     An update at batch 64 without and with spectral normalisation, and with 03's penalty and loss; and the scores
     alone, in eval mode.
     """
-    sys.path.insert(0, str(ROOT))
-    five, three = (importlib.import_module(name) for name in ("05_sn_label_smoothing", "03_wgan_gp"))
-    torch.set_num_threads(1)
+    five, three = load("05_sn_label_smoothing"), load("03_wgan_gp")
     torch.manual_seed(0)
     real, fake = torch.rand(2, 64, 1, 28, 28) * 2 - 1
     plain, normal = five.Discriminator(torch.nn.Identity()), five.Discriminator()
@@ -186,14 +197,45 @@ def time_updates():
         "1 score": lambda: score(plain, real[:1]),
         "1 score, spectral normalisation": lambda: score(normal, real[:1]),
     }
-    times = {name: [] for name in kinds}
+    found = {name: [] for name in kinds}
     for _ in range(35):
         for name, function in kinds.items():
             start = time.perf_counter()
             function()
-            times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: round(statistics.median(values[5:]), 3) for name, values in times.items()}
-    add_row({"command": UPDATES, "seed": "time", "threads": 1, "processor": processor(), "ms": medians})
+            found[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[5:]) for name, values in found.items()}
+
+
+def mixing(data_dir, folder):
+    """演習問題4: whose digit 2,000 mixtures of 06's first run show, as the classifier reads A, B and the mixture.
+
+    By the block from which on B's style is taken: the shares that show A's digit, B's, and another, of the pairs in
+    which A and B differ.
+    """
+    six, common = load("06_stylegan_blocks"), load("common")
+    checkpoint = next((folder / slug("06_stylegan_blocks.py", 0)).glob("*/checkpoint.pt"))
+    options = argparse.Namespace(**common.load_checkpoint(checkpoint)["options"])
+    generator = six.Generator(options.latent_dim, options.image_size, options.channels, options.width).eval()
+    common.load_generator(generator, checkpoint, "cpu")
+    options.data_dir, options.eval_interval = data_dir, None
+    scorer = common.make_scorer(options)
+    with torch.no_grad():
+        a, b = generator.styles(torch.randn(2, 2000, options.latent_dim).flatten(0, 1)).chunk(2)
+
+        def digits(styles):
+            parts = (generator.synthesis(part, noise_seed=0) for part in styles.split(250))
+            return scorer.read(parts)[1].argmax(1)
+
+        digits_a, digits_b = digits(a), digits(b)
+        differ, found = digits_a != digits_b, {}
+        for block in range(1, len(generator.blocks)):
+            mixed = digits(torch.cat([a[:, :block], b[:, block:]], 1))
+            shares = [(mixed == digits_a)[differ], (mixed == digits_b)[differ]]
+            found[block] = [share.double().mean().item() for share in shares]
+    return found
+
+
+MEASURES = {"times": times, "updates": updates, "mixing": mixing}
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -207,8 +249,8 @@ def defaults_table(done):
                           if name not in ("epoch", "step", "seconds", "layers", *scores)]
             shares = [100 * count / sum(scores["counts"]) for count in scores["counts"]]
             asked = f"; {scores['as_asked']:.1%} as asked" if "as_asked" in scores else ""
-            time = done.get((command, "time"))
-            minutes = f"{time['ms'] * last['step'] / 60_000:.0f}" if time else "-"
+            step = done.get(("times", None), {"found": {}})["found"].get(command)
+            minutes = f"{step * last['step'] / 60_000:.0f}" if step else "-"
             yield [f"`{command}`", seed, minutes, ", ".join(quantities), f"{scores['IS']:.2f}",
                    f"{scores['FD']:.1f}", f"{scores['precision']:.2f}, {scores['recall']:.2f}{asked}",
                    f"{min(shares):.1f} %, {max(shares):.1f} %"]
@@ -265,16 +307,22 @@ def published_table(done):
 
 def updates_table(done):
     yield ["", "Milliseconds", "Beside the plain one"]
-    if row := done.get((UPDATES, "time")):
-        for name, value in row["ms"].items():
-            plain = row["ms"][name.partition(",")[0]]
-            yield [name, f"{value:.1f}", f"{value / plain - 1:+.0%}"]
+    found = done.get(("updates", None), {"found": {}})["found"]
+    for name, value in found.items():
+        yield [name, f"{value:.1f}", f"{value / found[name.partition(',')[0]] - 1:+.0%}"]
+
+
+def mixing_table(done):
+    yield ["B takes over at", "A's digit", "B's digit", "Another digit"]
+    for block, (a, b) in done.get(("mixing", None), {"found": {}})["found"].items():
+        size = 4 * 2**int(block)
+        yield [f"{size}x{size}", f"{a:.0%}", f"{b:.0%}", f"{1 - a - b:.0%}"]
 
 
 def with_tables(text):
     """The document with each table, as the rows have it, between its marks."""
     done = rows()
-    for name in TABLES:
+    for name in [*TABLES, "updates", "mixing"]:
         head, *body = globals()[name.replace("-", "_") + "_table"](done)
         lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, ["---"] * len(head), *body]]
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
@@ -285,22 +333,23 @@ def with_tables(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all without it")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help=f"of {', '.join([*TABLES, *MEASURES])}; all without it. The last {len(MEASURES)} are "
+                        "measured after the runs; leave the machine alone meanwhile")
     parser.add_argument("--data-dir", default="data", help="as in the scripts")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the processor's cores")
-    parser.add_argument("--times", action="store_true", help="only time the defaults; leave the machine alone")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if unknown := set(args.names) - TABLES.keys():
-        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    data_dir, folder = Path(args.data_dir).resolve(), ROOT / "runs" / "results"
-    if args.times:
-        time_updates()
-        time_steps(data_dir, folder)
-    elif not args.tables:
-        run_all(args.names or TABLES, data_dir, folder, args.jobs)
+    if unknown := set(args.names) - {*TABLES, *MEASURES}:
+        parser.error(f"no {', '.join(unknown)}; there are {', '.join([*TABLES, *MEASURES])}")
+    if not args.tables:
+        folder = ROOT / "runs" / "results"
+        run_all(args.names or [*TABLES, *MEASURES], Path(args.data_dir).resolve(), folder, args.jobs)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
