@@ -219,6 +219,7 @@ def mixing(data_dir, folder):
     common.load_generator(generator, checkpoint, "cpu")
     options.data_dir, options.eval_interval = data_dir, None
     scorer = common.make_scorer(options)
+    torch.manual_seed(0)
     with torch.no_grad():
         a, b = generator.styles(torch.randn(2, 2000, options.latent_dim).flatten(0, 1)).chunk(2)
 
