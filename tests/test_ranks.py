@@ -34,6 +34,7 @@ def one_step(script, share):
     else:
         generator, critic = module.Generator(8, 32, 1, 32), module.Discriminator(32, 1, 32)
         critic.last[0].parametrizations.weight.original.data[:, -1] = 0  # the batch's deviation is not looked at
+        generator.mapping[-1].eval()  # nor are the batch's means of w
         for block in generator.blocks:  # nor is the noise
             block.noise1.data.zero_(), block.noise2.data.zero_()
     real, z = torch.randn(8, *((2,) if wgan else (1, 32, 32)))[share], torch.randn(8, 8)[share]
