@@ -34,8 +34,8 @@ from torch.nn.utils.parametrize import register_parametrization
 # ------------------------------------------------------------------------------- hyperparameters
 # StyleGAN's are the betas, the mapping network's rate, and the half-life of the moving average of G
 # that is sampled (ema_decay): 10,000 images. The rest is ours: of what we tried, it gave the most
-# varied digits within an hour on two cores (docs/results.md). With the text's 512 latent dimensions
-# G learns more slowly. With a faster mapping network w loses all its dimensions but one or two.
+# varied digits (docs/results.md). In short trainings G learned more slowly with the text's 512
+# latent dimensions. With a faster mapping network w loses all its dimensions but one or two.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0.0, beta2=0.99,
                      latent_dim=128, image_size=32, channels=1, width=64, progressive="on",

@@ -109,15 +109,17 @@ def run(command, seed, data_dir, folder, threads):
     with open(folder / "output.txt", "a") as output:
         done = subprocess.run([sys.executable, script, *arguments, "--data-dir", data_dir], cwd=ROOT, env=environment,
                               stdout=output, stderr=subprocess.STDOUT, check=False)
-    path = next(folder.glob("*/log.jsonl"), None)
-    if done.returncode not in (0, 2) or not path:          # 2: it was complete, but had no row yet
+    log, path = [], next(folder.glob("*/log.jsonl"), None)
+    if path:
+        log = [json.loads(line) for line in path.read_text().splitlines()]
+        options, metrics = json.loads(path.with_name("options.json").read_text()), path.with_name("metrics.json")
+    # 2: refused, perhaps because it is complete and has only lost its row.
+    if done.returncode not in (0, 2) or not log or log[-1]["epoch"] < options["epochs"]:
         print(f"code {done.returncode}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
         return None
-    log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-    versions, metrics = json.loads(path.with_name("options.json").read_text()), path.with_name("metrics.json")
     scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
     return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 1),
-            "threads": threads, "processor": processor(), "torch": versions["torch"], "last": log[-1],
+            "threads": threads, "processor": processor(), "torch": options["versions"]["torch"], "last": log[-1],
             **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
 
 
