@@ -118,7 +118,7 @@ def run(command, seed, data_dir, folder, threads):
         print(f"code {done.returncode}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
         return None
     scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
-    return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 1),
+    return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 3),
             "threads": threads, "processor": processor(), "torch": options["versions"]["torch"], "last": log[-1],
             **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
 

@@ -107,6 +107,10 @@ def test_results_run_and_go_on(results, tmp_path, monkeypatch):
     assert len(results.ROWS.read_text().splitlines()) == 2
     again = results.run(command, 1, tmp_path, tmp_path, threads=row["threads"])
     assert again == row, "it was complete and had lost its row"
+    assert results.run(command, 1, tmp_path, tmp_path, threads=row["threads"] + 1) is not None, "complete all the same"
+    log = next((tmp_path / results.slug(command, 1)).glob("*/log.jsonl"))
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    assert results.run(command, 1, tmp_path, tmp_path, threads=row["threads"] + 1) is None, "refused and not complete: no row"
 
 
 def help_of(script, capsys):
