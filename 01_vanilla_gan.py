@@ -1,6 +1,6 @@
 """Vanilla GAN: generator (生成器) against discriminator (識別器).
 
-Text: chapter 3, sections 3.1-3.2 (実装例1 to 3); chapter 11, sections 11.1-11.2; document 002.
+Text: chapter 3, sections 3.1-3.2 (実装例1 to 3); chapter 11, sections 11.1-11.2; 000, 002.
 
     min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]     minimax game, 3.1, 11.1.1
     Q = -mean(log D(x) + log(1 - D(G(z))))        discriminator's cost (コスト関数), 11.1.1
@@ -154,12 +154,12 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """P (生成器のコスト関数) of the listings, -mean(log D(G(z))); the logits are [N, 1]."""
+    """P (生成器のコスト関数) of 実装例2, -mean(log D(G(z))); the logits are [N, 1]."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def saturating_generator_loss(fake_logits):
-    """P of the formula, mean(log(1 - D(G(z)))); the logits are [N, 1]. Erratum 9."""
+    """P of 11.1.1's formula, mean(log(1 - D(G(z)))); the logits are [N, 1]. Erratum 9."""
     return -F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
 
 
@@ -170,14 +170,14 @@ def probability(logits):
 
 # The same for the two logits [N, 2] of 11.2.2: class 0 is fake (偽物), class 1 real (本物).
 def chapter11_discriminator_loss(real_logits, fake_logits):
-    """Q, the sum of its terms."""
+    """Q of 11.2.2, the sum of its terms."""
     real_labels = torch.ones(len(real_logits), dtype=torch.long, device=real_logits.device)
     fake_labels = torch.zeros(len(fake_logits), dtype=torch.long, device=fake_logits.device)
     return F.cross_entropy(real_logits, real_labels) + F.cross_entropy(fake_logits, fake_labels)
 
 
 def chapter11_generator_loss(fake_logits):
-    """P of the listing."""
+    """P of 11.2.2's listing."""
     real_labels = torch.ones(len(fake_logits), dtype=torch.long, device=fake_logits.device)
     return F.cross_entropy(fake_logits, real_labels)
 
@@ -204,7 +204,7 @@ def losses(variant, kind):
 
 
 # --------------------------------------------------------------------------------- training step
-# D first, then G: the order of the listings (erratum 22).
+# The steps of 11.2.1 and 実装例2. D first, then G: the order of the listings (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z, q, probability):
     """One step down q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here

@@ -139,6 +139,7 @@ def generate_noise(count, args, device, generator=None):
 
 
 # ---------------------------------------------------------------------------------------- losses
+# 11.3.2 has the penalty in its loop, 実装例5 in a function.
 def gradient_penalty(critic, real, fake):
     """mean((||g||_2 - 1)^2) at x_hat (勾配ペナルティ) and the mean norm; real, fake: [N, ...]."""
     # epsilon: one per sample, the same for all pixels of an image, [N, 1, 1, 1]
@@ -166,6 +167,7 @@ def penalty_of(gradients):
 
 
 # --------------------------------------------------------------------------------- training step
+# The steps of 11.3.1, 11.3.2 and 実装例5.
 def critic_step(generator, critic, optimizer, real, z, gp_weight, explicit=False):
     """One step down Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here

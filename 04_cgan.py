@@ -1,8 +1,8 @@
 """Conditional GAN (CGAN): WGAN-GP whose generator and critic receive the class label (条件).
 
-Text: chapter 11, section 11.4. It calls the result CWGAN-gp: 03 with the label c added to both
-networks and all steps (erratum 19). Lines that 03 does not have end with 11.4, as the text marks
-its own with 「WGAN-gpからここを変更」.
+Text: chapter 11, section 11.4 (the idea: 11.4.1); document 003. 11.4 calls the result CWGAN-gp: 03
+with the label c added to both networks and all steps (erratum 19). Lines that 03 does not have end
+with 11.4, as the text marks its own with 「WGAN-gpからここを変更」.
 
     Q = mean(C(G(z, c), c) - C(x, c) + lambda (||g(x_hat, c)||_2 - 1)^2)    critic's cost
     P = -mean(C(G(z, c), c))                                                generator's cost

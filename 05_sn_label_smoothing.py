@@ -46,7 +46,7 @@ CONSTANTS = {
                    latent_dim=100, spectral_norm="on", label_smoothing="none",
                    minibatch_discrimination="off", ttur="off", n_critic=1),
 }
-TTUR = dict(lr_g=1e-4, lr_d=4e-4)   # arXiv 1706.08500; the values of arXiv 1805.08318
+TTUR = dict(lr_g=1e-4, lr_d=4e-4)   # 演習問題2, arXiv 1706.08500; values: arXiv 1805.08318
 LABELS = {"none": (1.0, 1.0, 0.0), "two-sided": (0.9, 0.9, 0.1), "one-sided": (0.9, 0.9, 0.0),
           "random": (0.8, 1.2, 0.0)}    # lowest a, highest a, b
 ROWS, ROW_DIM = 16, 5               # of minibatch discrimination; ours, the paper leaves them open
@@ -113,7 +113,7 @@ class MinibatchDiscrimination(nn.Module):
 
     arXiv 1606.03498, 3.2: M = T(f) has ROWS rows of ROW_DIM numbers, and for sample i and row b
     o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums over j; the mean differs by a factor
-    and keeps o in (0, 1]. It stands between layers, not at D's input (erratum 34).
+    and keeps o in (0, 1]. It stands between layers, not at D's input as in 演習問題2 (erratum 34).
     """
 
     def __init__(self, features, normalise):
@@ -168,7 +168,7 @@ def spectral_table(discriminator):
 
 # ---------------------------------------------------------------------------------------- losses
 def discriminator_loss(real_logits, fake_logits, smoothing):
-    """L_D with the labels (正解ラベル) that `smoothing` names; the logits are [N, 1]."""
+    """L_D with the labels (正解ラベル; 3.4, 11.2.1) of `smoothing`; the logits are [N, 1]."""
     low, high, fake_label = LABELS[smoothing]
     real_label = torch.full_like(real_logits, low)
     if low < high:

@@ -281,7 +281,7 @@ def r1_penalty(real_logits, real):
 
 # --------------------------------------------------------------------------------- training step
 def mixed_styles(generator, z, probability):
-    """Mixing regularisation (スタイル混合; StyleGAN, 3.1): styles [N, blocks, latent_dim].
+    """Mixing regularisation (3.5, スタイル混合; StyleGAN, 3.1): styles [N, blocks, latent_dim].
 
     They are z's; with this probability, from a random block on, those of another z.
     """

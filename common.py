@@ -1229,7 +1229,7 @@ MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaus
 
 
 def draw_mixture(name, split):
-    """Points [N, 2] of a mixture and the number of the centre of each [N]; PacGAN's training sets have 100,000."""
+    """Points [N, 2] of a mixture (実装例3) and the number of the centre of each [N]; PacGAN's training sets have 100,000."""
     count, seed = {"train": (60_000 if name == "gaussians" else 100_000, 1), "test": (10_000, 2)}[split]
     (centres, sigma), rng = MIXTURES[name], torch.Generator().manual_seed(seed)
     labels = torch.randint(len(centres), (count,), generator=rng)
@@ -1339,7 +1339,7 @@ def finite(samples):
 
 
 def inception_score(probabilities):
-    """exp(mean_i KL(p_i || mean of p)) of class probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
+    """3.2, 3.6: exp(mean_i KL(p_i || mean of p)) of class probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
 
     It falls when classes are lost or unclear, not when all images of a class are alike (erratum 48). What real
     images score depends on the classifier (erratum 47).
@@ -1349,9 +1349,9 @@ def inception_score(probabilities):
 
 
 def frechet_distance(features, reference):
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features [N, D] and [M, D] (arXiv 1706.08500), N, M >= 2.
+    """3.2, 3.6: ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features [N, D] and [M, D], N, M >= 2.
 
-    m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to the features
+    arXiv 1706.08500; m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to the features
     (erratum 50).
     """
     (m1, s1), (m2, s2) = ((part.mean(0), part.T.cov()) for part in (finite(features).double(), reference.double()))
@@ -1362,7 +1362,7 @@ def frechet_distance(features, reference):
 
 
 def precision_recall(features, reference):
-    """Improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], N, M > NEIGHBOURS.
+    """3.6, 演習問題5: improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], N, M > NEIGHBOURS.
 
     A set's manifold is the union of balls around its members, each reaching to the NEIGHBOURS-th nearest other
     one. Precision: the share of the samples in the reference's; recall: of the reference in that of the samples.
@@ -1449,7 +1449,7 @@ def load_classifier(data):
 
 
 def mixture_scores(points, centres, sigma):
-    """PacGAN's scores (arXiv 1712.04086, 4.1) of points [N, 2] for Gaussians around centres [K, 2].
+    """演習問題2: PacGAN's scores (arXiv 1712.04086, 4.1) of points [N, 2] for Gaussians around centres [K, 2].
 
     A point counts for its nearest centre if it lies within 3 sigma of it; one such point captures a mode. KL is
     that of the counts from K equal shares, None if no point counts.

@@ -2,10 +2,11 @@
 
     python docs/results.py --data-dir DIR                   all that is missing, two runs at a time
     python docs/results.py --data-dir DIR defaults cures    of these tables alone
-    python docs/results.py --tables                         nothing new: the tables, from the rows
+    python docs/results.py --tables                         nothing new: tables and pictures, from what there is
 
 A run is a command with a seed. When it ends, it becomes a row of results.jsonl; its folder lies in
 runs/results/. One that was stopped (Ctrl-C) goes on from its checkpoint when this is started again.
+The pictures show these folders; one stays as it is where the folder of a run that it shows is missing.
 """
 
 import argparse
@@ -152,21 +153,31 @@ def load(script):
     return importlib.import_module(script)
 
 
-def times(data_dir, folder):
-    """Milliseconds of a generator step of each default, alone on the machine, with all its threads.
+def step_times(commands, data_dir, folder):
+    """{command: milliseconds of a generator step}, alone on the machine, with all its threads.
 
-    Each is trained for some seconds, three times in turns; the median counts. A round before these warms up.
-    06 grows within these steps as in a whole training.
+    commands: {command: steps}. Each is trained for its steps, three times in turns; the median counts. A round
+    before these warms up. 06 grows within these steps as in a whole training.
     """
-    seconds = {command: [] for command in DEFAULTS}
+    seconds = {command: [] for command in commands}
     for _ in range(4):
-        for command, found in seconds.items():
+        for command, steps in commands.items():
             shutil.rmtree(folder / "timed", ignore_errors=True)
-            steps = {"01": 1000, "02": 40, "03": 200, "04": 200, "05": 40, "06": 100}[command[:2]]
             flags = f" --epochs 1 --max-batches {steps} --eval-interval 0"
             row = run(command + flags, 0, data_dir, folder / "timed", os.cpu_count())
-            found.append(row["seconds"] / steps)
+            seconds[command].append(row["seconds"] / steps)
     return {command: 1000 * statistics.median(found[1:]) for command, found in seconds.items()}
+
+
+def times(data_dir, folder):
+    """Of the default runs."""
+    steps = {"01": 1000, "02": 40, "03": 200, "04": 200, "05": 40, "06": 100}
+    return step_times({command: steps[command[:2]] for command in DEFAULTS}, data_dir, folder)
+
+
+def costs(data_dir, folder):
+    """Of the cures, on the eight Gaussians."""
+    return step_times({f"{command} --dataset gaussians": 195 for command in CURES.values()}, data_dir, folder)
 
 
 def updates(data_dir, folder):
@@ -238,7 +249,7 @@ def mixing(data_dir, folder):
     return found
 
 
-MEASURES = {"times": times, "updates": updates, "mixing": mixing}
+MEASURES = {"times": times, "costs": costs, "updates": updates, "mixing": mixing}
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -277,10 +288,14 @@ def points_cells(done, command):
 
 
 def cures_table(done):
-    yield ["Cure", *(f"{mixture}: {what}" for mixture in MIXTURES for what in ("modes", "% within 3 sigma", "KL"))]
+    yield ["Cure", *(f"{mixture}: {what}" for mixture in MIXTURES for what in ("modes", "% within 3 sigma", "KL")),
+           "Cost of a step"]
+    costs = done.get(("costs", None), {"found": {}})["found"]
     for name, command in CURES.items():
+        cost = costs.get(f"{command} --dataset gaussians", 0) / costs.get(f"{PLAIN} --dataset gaussians", 1)
         yield [name, *(cell for mixture in MIXTURES
-                       for cell in points_cells(done, f"{command} --dataset {mixture}{STEPS}")[:3])]
+                       for cell in points_cells(done, f"{command} --dataset {mixture}{STEPS}")[:3]),
+               f"{cost:.1f}" if cost else "-"]
 
 
 def settings_table(done):
@@ -334,6 +349,37 @@ def with_tables(text):
     return text
 
 
+# --------------------------------------------------------------------------------------- pictures
+def draw(name, columns, panels, folder, box=(0, 0, 1, 1)):
+    """docs/NAME.png: {title: (command, seed)} as panels, the last epoch's picture of each run that has a row.
+
+    box: the part of the picture that is shown, left, top, right, bottom, as fractions.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    found = {title: max((folder / slug(*key)).glob("*/samples/epoch_*.png"), default=None)
+             for title, key in panels.items() if key in rows()}
+    if not found or not all(found.values()):
+        return
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(2.5 * columns, 2.7 * lines), layout="constrained")
+    for axes in figure.subplots(lines, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (title, path) in zip(figure.axes, found.items()):
+        pixels = imread(path)
+        left, top, right, bottom = (round(part * size) for part, size in zip(box, pixels.shape[1::-1] * 2))
+        axes.imshow(pixels[top:bottom, left:right])
+        axes.set_title(title, fontsize=8)
+    figure.savefig(DOCS / f"{name}.png", dpi=80)
+
+
+def pictures(folder):
+    draw("samples", 4, {command.replace(FAST, ", faster").replace(".py", ""): (command, 0) for command in DEFAULTS}, folder)
+    draw("cures", 6, {f"{name}: {mixture}": (f"{command} --dataset {mixture}{STEPS}", 0)
+                      for name, command in CURES.items() for mixture in MIXTURES}, folder, (0.07, 0.01, 1, 0.94))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
@@ -345,10 +391,11 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.names) - {*TABLES, *MEASURES}:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join([*TABLES, *MEASURES])}")
+    folder = ROOT / "runs" / "results"
     if not args.tables:
-        folder = ROOT / "runs" / "results"
         run_all(args.names or [*TABLES, *MEASURES], Path(args.data_dir).resolve(), folder, args.jobs)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    pictures(folder)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def test_errata_and_marks_match():
     assert marked == {(number, name) for number, names in rows.items() for name in names}
 
 
-def load_results():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+def load_module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -37,12 +37,12 @@ def load_results():
 
 @pytest.fixture
 def results():
-    return load_results()
+    return load_module("results")
 
 
 def commands():
     """Every command of the README, the exercises and the results: in blocks, as inline code, and what results.py runs."""
-    found = [f"python {command}" for runs in load_results().TABLES.values() for command, _ in runs]
+    found = [f"python {command}" for runs in load_module("results").TABLES.values() for command, _ in runs]
     for document in ("README.md", "docs/exercises.md", "docs/results.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
@@ -77,11 +77,18 @@ def test_commands_are_understood(command, monkeypatch, capsys):
         assert re.search(rf"^  {flag}\b", text, re.MULTILINE), f"{script} has no {flag}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/exercises.md"])
-def test_links_exist(document):
-    path = ROOT / document
-    links = re.findall(r"\]\((?!http)([^)]+)\)", path.read_text(encoding="utf-8"))
-    assert links and all((path.parent / link).exists() for link in links)
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_links_exist(path):
+    """Files, and the headings and lines in them."""
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if re.fullmatch(r"L\d+", anchor):
+            assert int(anchor[1:]) <= len(target.read_text(encoding="utf-8").splitlines()), link
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [load_module("places").anchor(heading) for heading in headings], link
 
 
 def test_tables_of_the_results_are_those_of_the_rows(results):
@@ -121,7 +128,8 @@ def help_of(script, capsys):
 
 def test_coverage_is_complete_and_names_what_exists(capsys):
     """86 items, each with an answer; a file, function, class or flag that it gives exists."""
-    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8"), re.MULTILINE)
+    items = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8").partition("\n## Every item\n")[2]
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", items, re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 87))
     checked = 0
     for number, row in rows:
@@ -138,6 +146,18 @@ def test_coverage_is_complete_and_names_what_exists(capsys):
                 checked += 1
         assert len(re.findall("`", answer)) % 2 == 0
     assert checked > 100
+
+
+def test_every_place_of_the_text_leads_to_code():
+    """The table of places is that of the sources' marks; each listing and exercise leads somewhere."""
+    places = load_module("places")
+    text = places.DOCUMENT.read_text(encoding="utf-8")
+    assert places.with_table(text) == text, "python docs/places.py"
+    rows = list(places.table())
+    assert [place for place, _, code, _ in rows if code == "named only"] == ["11.1.2"]
+    assert all("#L" in code for place, _, code, _ in rows if place.startswith("実装例"))
+    assert places.places("実装例1 to 3, 演習問題2 and 3; 3.1-3.2; StyleGAN, 3.1; arXiv 1606.03498, 3.2; 10,000; 3.65") == {
+        "実装例1", "実装例2", "実装例3", "演習問題2", "演習問題3", "3.1", "3.2"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

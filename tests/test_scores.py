@@ -372,7 +372,10 @@ def test_another_reference_shows(scorer):
 # ------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture
-def train(tmp_path, few_digits):
+def train(tmp_path, few_digits, monkeypatch):
+    """Run a script on few digits in this process, without drawing its curves; returns its folder."""
+    monkeypatch.setattr(common, "save_curves", lambda history, plots, path: path.touch())
+
     def call(script, *arguments):
         load_script(script).main([*QUICK, *map(str, arguments), "--output-dir", str(tmp_path)])
         return max(tmp_path.glob(f"{script}*"))
