@@ -1656,6 +1656,12 @@ def save_curves(history, plots, path):
             axes.plot(*zip(*points), label=name, marker="." if len(points) < max(2, len(history)) else None)
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
+        # What fell by orders of magnitude has a logarithmic axis, or the first epochs would dwarf all others.
+        values = np.array([row[name] for row in history for name in names if row.get(name) is not None] or [0])
+        median = np.median(np.abs(values))
+        if np.abs(values).max() > 20 * median > 0:
+            linear = {} if values.min() > 0 else {"linthresh": 10 ** math.ceil(math.log10(median))}  # around 0
+            axes.set_yscale("symlog" if linear else "log", **linear)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

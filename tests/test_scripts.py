@@ -141,6 +141,17 @@ def test_curves_draw_the_equilibrium(train, monkeypatch, script, flags, expected
     assert drawn == pytest.approx(expected)
 
 
+def test_curves_of_orders_of_magnitude(monkeypatch, tmp_path):
+    """A logarithmic axis where a quantity falls by more than a factor of 20, linear around 0 where it is not positive."""
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda figure, path: figures.append(figure))
+    falling = [40.0, 9.0, 2.0, 1.5, 1.0, 0.9, 0.8, 0.7]
+    history = [{"epoch": epoch, "W": value, "loss": 10 - value, "fell": value - 1, "KL": None} for epoch, value in enumerate(falling, 1)]
+    common.save_curves(history, [(name, [name], {"floor": 0.1}) for name in ("W", "loss", "fell", "KL")], tmp_path / "curves.png")
+    assert [axes.get_yscale() for axes in figures[0].axes] == ["log", "linear", "symlog", "linear"]
+    assert figures[0].axes[2].yaxis.get_transform().linthresh == 1
+
+
 def test_checkpoint(finished):
     script, dataset, folder, _ = finished
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
