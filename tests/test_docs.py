@@ -195,6 +195,15 @@ def test_two_panes_side_by_side_do_not_wrap(script):
         assert sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in line) <= 100, (number, line)
 
 
+def test_the_lines_of_the_kernels_are_those_of_the_sources():
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    head, *rows = re.findall(r"^\|[^|]*\| `([^|]*)` \| `([^|]*)` \|$", text, re.MULTILINE)
+    assert head == ("cpu.cpp", "cuda.cu") and len(rows) == 8
+    for file, lines in zip(head, zip(*rows)):
+        source = (ROOT / "csrc" / file).read_text(encoding="utf-8")
+        assert all(line in source for line in lines), file
+
+
 def test_csrc_knows_nothing_of_common():
     for path in (ROOT / "csrc").glob("*.py"):
         assert not re.search(r"^\s*(import|from) common\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
