@@ -73,6 +73,14 @@ TABLES = {
     "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")],
 }
 
+GALLERY = {     # in docs/gallery: of which run, which picture
+    **{f"{command[:2]}_{name}": ((command, 0), file) for command in DEFAULTS if re.fullmatch(r"\S+", command)
+       for name, file in [("training", "progress.gif"), ("interpolation", "interpolation.png"), ("walk", "latent_walk.png")]},
+    **{f"06_{name}": (("06_stylegan_blocks.py", 0), f"{name}.png") for name in ("style_mixing", "truncation", "noise")},
+    "collapse": ((f"{PLAIN} --dataset gaussians{STEPS}", 0), "progress.gif"),
+    "cure": ((f"03_wgan_gp.py --dataset gaussians{STEPS}", 0), "progress.gif"),
+}
+
 
 # ---------------------------------------------------------------------------------------- running
 def rows():
@@ -375,6 +383,10 @@ def draw(name, columns, panels, folder, box=(0, 0, 1, 1)):
 
 
 def pictures(folder):
+    """samples.png, cures.png, and the gallery: pictures of the runs, as they are."""
+    for name, (key, file) in GALLERY.items():
+        if path := next((folder / slug(*key)).glob(f"*/samples/{file}"), None):
+            shutil.copyfile(path, DOCS / "gallery" / (name + path.suffix))
     draw("samples", 4, {command.replace(FAST, ", faster").replace(".py", ""): (command, 0) for command in DEFAULTS}, folder)
     draw("cures", 6, {f"{name}: {mixture}": (f"{command} --dataset {mixture}{STEPS}", 0)
                       for name, command in CURES.items() for mixture in MIXTURES}, folder, (0.07, 0.01, 1, 0.94))
