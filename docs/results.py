@@ -230,8 +230,8 @@ def updates(data_dir, folder):
 def mixing(data_dir, folder):
     """演習問題4: whose digit 2,000 mixtures of 06's first run show, as the classifier reads A, B and the mixture.
 
-    By the block from which on B's style is taken: the shares that show A's digit, B's, and another, of the pairs in
-    which A and B differ.
+    By the block from which on B's style is taken: the shares that show A's digit, and B's, of the pairs in which A and B
+    differ; and the share that shows A's under another noise.
     """
     six, common = load("06_stylegan_blocks"), load("common")
     checkpoint = next((folder / slug("06_stylegan_blocks.py", 0)).glob("*/checkpoint.pt"))
@@ -244,8 +244,8 @@ def mixing(data_dir, folder):
     with torch.no_grad():
         a, b = generator.styles(torch.randn(2, 2000, options.latent_dim).flatten(0, 1)).chunk(2)
 
-        def digits(styles):
-            parts = (generator.synthesis(part, noise_seed=0) for part in styles.split(250))
+        def digits(styles, noise_seed=0):
+            parts = (generator.synthesis(part, noise_seed) for part in styles.split(250))
             return scorer.read(parts)[1].argmax(1)
 
         digits_a, digits_b = digits(a), digits(b)
@@ -254,6 +254,7 @@ def mixing(data_dir, folder):
             mixed = digits(torch.cat([a[:, :block], b[:, block:]], 1))
             shares = [(mixed == digits_a)[differ], (mixed == digits_b)[differ]]
             found[block] = [share.double().mean().item() for share in shares]
+        found["noise"] = [(digits(a, noise_seed=1) == digits_a).double().mean().item(), 0.0]
     return found
 
 
@@ -341,8 +342,8 @@ def updates_table(done):
 def mixing_table(done):
     yield ["B takes over at", "A's digit", "B's digit", "Another digit"]
     for block, (a, b) in done.get(("mixing", None), {"found": {}})["found"].items():
-        size = 4 * 2**int(block)
-        yield [f"{size}x{size}", f"{a:.0%}", f"{b:.0%}", f"{1 - a - b:.0%}"]
+        size = 4 * 2**int(block) if block != "noise" else 0
+        yield [f"{size}x{size}" if size else "nowhere, but another noise", f"{a:.1%}", f"{b:.1%}", f"{1 - a - b:.1%}"]
 
 
 def with_tables(text):
