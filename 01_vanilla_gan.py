@@ -1,6 +1,7 @@
 """Vanilla GAN: generator (生成器) against discriminator (識別器).
 
-Text: chapter 3, sections 3.1-3.2 (実装例1 to 3); chapter 11, sections 11.1-11.2; 000, 002.
+Text: chapter 3, sections 3.1-3.2 (実装例1 to 3); chapter 11, sections 11.1-11.2; documents 000 and
+002 (README.md lists the documents). "Erratum N" is a row of docs/errata.md.
 
     min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]     minimax game, 3.1, 11.1.1
     Q = -mean(log D(x) + log(1 - D(G(z))))        discriminator's cost (コスト関数), 11.1.1
@@ -17,9 +18,9 @@ At the equilibrium (Nash均衡) D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 pe
 
 Differs from the text: chapter 3 trains on noise, here on images (erratum 5); the discriminator
 returns logits, not probabilities (erratum 6); each update draws its own noise (3.2 and 11.2 reuse
-one z). --variant keras takes networks and constants alone from document 002, which also samples
-its batches with replacement, updates D twice per step, on real and then on fake, generates its
-fakes in inference mode, starts as Keras does and has 1e-7 as Adam's eps.
+one z). --variant keras has the networks and constants of document 002, nothing else of it: 002
+samples its batches with replacement, updates D twice per step, on real and then on fake, generates
+its fakes in inference mode, starts as Keras does and has 1e-7 as Adam's eps.
 """
 
 import common  # before torch: Ctrl-C then leaves no traceback
@@ -31,7 +32,7 @@ from torch import nn
 # ------------------------------------------------------------------------------- hyperparameters
 # Chapter 3's 3 epochs are 30 steps on noise; 50 show good samples. The 16 of keras are the 30,000
 # steps of 32 that document 002 calls epochs (erratum 12). points: ours, for --dataset gaussians,
-# ring and grid. An epoch is N // batch steps: the text's last, smaller batch is left out.
+# ring and grid. An epoch is N // batch steps: a last, smaller batch is left out.
 CONSTANTS = {
     "bce": dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                 latent_dim=100, noise="normal", generator_loss="non-saturating"),
@@ -89,6 +90,7 @@ class Chapter11Discriminator(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Flatten(),
+            # common.Dropout is nn.Dropout(0.5), faster on the CPU.
             nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
@@ -138,11 +140,14 @@ NETWORKS = {"bce": (Generator, Discriminator), "keras": (KerasGenerator, Discrim
             "points": (PointsGenerator, PointsDiscriminator)}
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim]: N(0, I) in chapter 3 and 002, U(-1, 1) in 11.2.2."""
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim]: N(0, I) in chapter 3 and 002, U(-1, 1) in 11.2.2.
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
     if args.noise == "normal":
-        return torch.randn(count, args.latent_dim, device=device, generator=generator)
-    return torch.rand(count, args.latent_dim, device=device, generator=generator) * 2 - 1
+        return torch.randn(count, args.latent_dim, device=device, generator=rng)
+    return torch.rand(count, args.latent_dim, device=device, generator=rng) * 2 - 1
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -183,7 +188,7 @@ def chapter11_generator_loss(fake_logits):
 
 
 def chapter11_saturating_generator_loss(fake_logits):
-    """P of the formula."""
+    """P of 11.1.1's formula."""
     fake_labels = torch.zeros(len(fake_logits), dtype=torch.long, device=fake_logits.device)
     return -F.cross_entropy(fake_logits, fake_labels)
 
@@ -194,7 +199,7 @@ def chapter11_probability(logits):
 
 
 def losses(variant, kind):
-    """Q, P of this kind (--generator-loss) and the probability of a variant: three functions."""
+    """The functions of a variant: Q, P (which of the two: --generator-loss) and D's probability."""
     if variant == "two-logit":
         p = {"non-saturating": chapter11_generator_loss,
              "saturating": chapter11_saturating_generator_loss}
@@ -206,7 +211,10 @@ def losses(variant, kind):
 # --------------------------------------------------------------------------------- training step
 # The steps of 11.2.1 and 実装例2. D first, then G: the order of the listings (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z, q, probability):
-    """One step down q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what to log."""
+    """One step down Q (q); real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
+
+    Returns what to log.
+    """
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
@@ -215,13 +223,14 @@ def discriminator_step(generator, discriminator, optimizer, real, z, q, probabil
     loss.backward()
     optimizer.step()
     d_real, d_fake = probability(real_logits), probability(fake_logits)
-    # acc_G looks at fakes from the other side, after this update: erratum 25.
+    # D is right: real above 0.5, fake not. acc_G counts fakes above 0.5, after this update, so it
+    # is about 1 - the second term (erratum 25).
     accuracy = ((d_real > 0.5).float().mean() + (d_fake <= 0.5).float().mean()) / 2
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 
 
 def generator_step(generator, discriminator, optimizer, z, p, probability):
-    """One step down p; z: [N, latent_dim]. Returns what to log."""
+    """One step down P (p); z: [N, latent_dim]. Returns what to log."""
     logits = discriminator(generator(z))
     loss = p(logits)
     optimizer.zero_grad()
@@ -239,7 +248,7 @@ def main(argv=None):
                   choices=["non-saturating", "saturating"])
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
 
     data = common.prepare(args)

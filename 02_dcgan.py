@@ -16,6 +16,7 @@ paper, for D's input, which has no BatchNorm.
 Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions
 leave (erratum 2) and returns logits (erratum 6). 実装例4 stops before the training; the step is
 that of 3.2, with its own z for each update.
+"Erratum N" is a row of docs/errata.md.
 """
 
 import math
@@ -54,7 +55,10 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """実装例4 (識別器): images [N, channels, 28, 28] -> logits [N, 1]; 98,113 (erratum 1)."""
+    """実装例4 (識別器): images [N, channels, 28, 28] -> logits [N, 1].
+
+    98,113 parameters, with the last layer of erratum 2 (erratum 1).
+    """
 
     def __init__(self, channels=1):
         def block(inputs, outputs, norm=True):
@@ -73,7 +77,10 @@ class Discriminator(nn.Sequential):
 
 
 def initialise(network):
-    """Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code)."""
+    """The DCGAN paper's start, for the 64x64 networks alone: 実装例4 has PyTorch's.
+
+    Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code).
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
             mean = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
@@ -122,9 +129,12 @@ class Discriminator64(nn.Sequential):
 NETWORKS = {28: (Generator, Discriminator), 64: (Generator64, Discriminator64)}
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I)."""
-    return torch.randn(count, args.latent_dim, device=device, generator=generator)
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I).
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
+    return torch.randn(count, args.latent_dim, device=device, generator=rng)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -167,7 +177,7 @@ def generator_step(generator, discriminator, optimizer, z):
 def main(argv=None):
     args = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=tuple(NETWORKS)).options(argv)
     make_generator, make_discriminator = NETWORKS[args.image_size]
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         shape = args.latent_dim, args.channels
         return common.sample_run(make_generator, shape, generate_noise, args)
 

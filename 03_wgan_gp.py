@@ -14,13 +14,17 @@ logged as W, estimates the Wasserstein distance (ワッサースタイン距離)
     python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
     python 03_wgan_gp.py --dataset gaussians            the 8 Gaussians of 実装例3; also ring, grid
+    python 03_wgan_gp.py --penalty autograd             the penalty as the text computes it
     python 03_wgan_gp.py --kernels reference            the penalty by PyTorch's operations alone
     python 03_wgan_gp.py --compare-kernels              check and time its fused kernel against them
 
 Differs from the text: every critic step draws a real batch of its own (erratum 10), so an epoch
 reads the data n_critic times; every step draws its own z (実装例5 reuses one). The epoch line shows
-means over the epoch (11.3.2 prints the last batch). 3.4's critic has no BatchNorm (erratum 3),
-its betas are those of 11.3 (erratum 4), and it trains on images, not on noise (erratum 5).
+means over the epoch (11.3.2 prints the last batch). --critic mlp computes the penalty in a faster
+way, explicit_terms; --penalty autograd is the text's way, gradient_penalty. --critic conv leaves
+out 実装例5's BatchNorm (erratum 3), has 11.3's betas (erratum 4) and trains on images, not on
+noise (erratum 5).
+"Erratum N" is a row of docs/errata.md.
 """
 
 import common  # before torch: Ctrl-C then leaves no traceback
@@ -32,7 +36,9 @@ from torch import nn
 # mlp: 11.3.2. conv: 3.4 with the batch of 64 that 3.6 recommends; its epochs are ours (実装例5
 # makes 3 steps of 32). points: ours, for --dataset gaussians, ring and grid; with lambda = 10 or at
 # constant learning rates the samples do not settle on narrow modes. An epoch is N // batch
-# generator steps, each after n_critic critic steps; the text's last, smaller batch is left out.
+# generator steps, each after n_critic critic steps; a last, smaller batch is left out. gp_weight is
+# lambda (11.3.2: GradientPenaltyCoefficient), n_critic 11.3.2's CriticLearningNumber, lr_d the
+# critic's rate; lr_decay=1.0: the rates fall to 0 over the whole training.
 CONSTANTS = {
     "mlp": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,  # erratum 7
                 latent_dim=100, noise="uniform", gp_weight=10.0, n_critic=5, penalty="explicit"),
@@ -66,6 +72,7 @@ class Critic(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Sequential(
+            # common.Dropout is nn.Dropout(0.5), faster on the CPU.
             nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
@@ -90,7 +97,10 @@ class ConvGenerator(nn.Sequential):
 
 
 class ConvCritic(nn.Sequential):
-    """実装例5 without its BatchNorm (erratum 3): images [N, 1, 28, 28] -> scores [N, 1]; 97,665."""
+    """実装例5 without its BatchNorm (erratum 3): images [N, 1, 28, 28] -> scores [N, 1].
+
+    97,665 parameters.
+    """
 
     def __init__(self):
         def block(inputs, outputs):
@@ -131,11 +141,14 @@ NETWORKS = {"mlp": (Generator, Critic), "conv": (ConvGenerator, ConvCritic),
             "points": (PointsGenerator, PointsCritic)}
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim]: U(-1, 1) in 11.3.2, N(0, I) in 3.4."""
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim]: U(-1, 1) in 11.3.2, N(0, I) in 3.4.
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
     if args.noise == "normal":
-        return torch.randn(count, args.latent_dim, device=device, generator=generator)
-    return torch.rand(count, args.latent_dim, device=device, generator=generator) * 2 - 1
+        return torch.randn(count, args.latent_dim, device=device, generator=rng)
+    return torch.rand(count, args.latent_dim, device=device, generator=rng) * 2 - 1
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -152,7 +165,7 @@ def gradient_penalty(critic, real, fake):
         # Ones: the sum of the scores is differentiated. A score depends on its own sample alone,
         # so the sum's gradient at a sample is that of its score: g(x_hat). BatchNorm breaks this.
         grad_outputs=torch.ones_like(scores),
-        create_graph=True)[0]                   # [N, ...]; the loss will be differentiated by it
+        create_graph=True)[0]                   # [N, ...]; loss.backward() differentiates it again
     penalty, norms = penalty_of(gradients)
     return penalty, norms.mean()
 
@@ -195,9 +208,10 @@ def generator_step(generator, critic, optimizer, z):
 
 # ---------------------------------------------------------------------------------- same, faster
 # What critic_step takes from the critic, without a second-order derivative (--penalty explicit).
-# Between the kinks of LeakyReLU the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S
-# holds each unit's slope times its mask of Dropout. So g = w4 S3 W3 S2 W2 S1 W1 is a product, which
-# backward() differentiates like any other; S has no derivative. Further, W1 x_hat + b1 lies between
+# Near any x the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each
+# unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the gradient is a
+# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it by the W; for S, which a small
+# change of the weights does not change, the derivative is 0. Further, W1 x_hat + b1 lies between
 # the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md derives it.
 def explicit_terms(critic, real, fake):
     """W, the penalty and the mean norm of critic_step; real, fake: [N, 1, 28, 28]."""
@@ -212,8 +226,9 @@ def explicit_terms(critic, real, fake):
     with torch.no_grad():
         a1 = torch.lerp(a[n:], a[:n], torch.rand(n, 1, device=a.device))    # W1 x_hat + b1
         s1 = slope(a1)
-        s2 = slope(a2 := layer2(a1 * s1))
+        s2 = slope(a2 := layer2(a1 * s1))   # a1 * s1: what LeakyReLU and Dropout make of a1
         s3 = slope(layer3(a2 * s2))
+    # g(x_hat), [N, 784]: only here does autograd follow the weights.
     g = (((layer4.weight * s3) @ layer3.weight * s2) @ layer2.weight * s1) @ layer1.weight
     penalty, norms = penalty_of(g)
     return scores[:n].mean() - scores[n:].mean(), penalty, norms.mean()
@@ -236,13 +251,13 @@ def main(argv=None):
     if args.penalty == "explicit" and args.variant != "mlp":
         common.fail("--penalty explicit is for the fully connected critic of 11.3 (--critic mlp)")
     make_generator, make_critic = NETWORKS[args.variant]
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
 
     data = common.prepare(args)
     generator = make_generator(args.latent_dim).to(args.device)
     critic = make_critic().to(args.device)
-    betas = args.beta1, args.beta2
+    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, betas, fused=True)
 

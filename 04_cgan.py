@@ -1,8 +1,8 @@
 """Conditional GAN (CGAN): WGAN-GP whose generator and critic receive the class label (条件).
 
 Text: chapter 11, section 11.4 (the idea: 11.4.1); document 003. 11.4 calls the result CWGAN-gp: 03
-with the label c added to both networks and all steps (erratum 19). Lines that 03 does not have end
-with 11.4, as the text marks its own with 「WGAN-gpからここを変更」.
+with the label c added to both networks and all steps (erratum 19). Lines that the label adds or
+changes end with 11.4, as the text marks its own with 「WGAN-gpからここを変更」.
 
     Q = mean(C(G(z, c), c) - C(x, c) + lambda (||g(x_hat, c)||_2 - 1)^2)    critic's cost
     P = -mean(C(G(z, c), c))                                                generator's cost
@@ -15,17 +15,20 @@ Wasserstein distance (ワッサースタイン距離) while ||g|| stays near 1.
 
     python 04_cgan.py                                   grids: a row per class, a column per z
     python 04_cgan.py --from runs/04_cgan-mnist-0001 --class 3
+                                                        64 images of the digit 3 by that run
     python 04_cgan.py --kernels reference               the penalty by PyTorch's operations alone
 
 Differs from the text: every critic step draws a real batch of its own (erratum 10), so an epoch
 reads the data n_critic times; the epoch line shows means over the epoch (11.4.2 prints the last
-batch).
+batch); the penalty is computed in a faster way, explicit_terms. --penalty autograd is the text's
+way, gradient_penalty.
+"Erratum N" is a row of docs/errata.md.
 """
 
 import common  # before torch: Ctrl-C then leaves no traceback
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F                                                         # 11.4
 from torch import nn
 
 # ------------------------------------------------------------------------------- hyperparameters
@@ -62,6 +65,7 @@ class Critic(nn.Module):
         super().__init__()
         self.label_embedding = nn.Embedding(NUM_CLASSES, EMBED_DIM)   # a table of its own, 11.4
         self.model = nn.Sequential(
+            # common.Dropout is nn.Dropout(0.5), faster on the CPU.
             nn.Linear(784 + EMBED_DIM, 128), nn.LeakyReLU(0.3), common.Dropout(),        # 11.4
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
             nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
@@ -71,9 +75,12 @@ class Critic(nn.Module):
         return self.model(torch.cat([x.flatten(1), self.label_embedding(c)], dim=1))    # 11.4
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim] ~ U(-1, 1)."""
-    return torch.rand(count, args.latent_dim, device=device, generator=generator) * 2 - 1
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim] ~ U(-1, 1).
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
+    return torch.rand(count, args.latent_dim, device=device, generator=rng) * 2 - 1
 
 
 def generate_condition(count, device):                                                  # 11.4
@@ -94,7 +101,7 @@ def gradient_penalty(critic, real, fake, c):                                    
         # Ones: the sum of the scores is differentiated. A score depends on its own sample alone,
         # so the sum's gradient at a sample is that of its score: g(x_hat). BatchNorm breaks this.
         grad_outputs=torch.ones_like(scores),
-        create_graph=True)[0]                   # [N, ...]; the loss will be differentiated by it
+        create_graph=True)[0]                   # [N, ...]; loss.backward() differentiates it again
     penalty, norms = penalty_of(gradients)
     return penalty, norms.mean()
 
@@ -136,16 +143,17 @@ def generator_step(generator, critic, optimizer, z, c):                         
 
 # ---------------------------------------------------------------------------------- same, faster
 # What critic_step takes from the critic, without a second-order derivative (--penalty explicit).
-# Between the kinks of LeakyReLU the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S
-# holds each unit's slope times its mask of Dropout. So g = w4 S3 W3 S2 W2 S1 W1 is a product, which
-# backward() differentiates like any other; S has no derivative. Further, W1 x_hat + b1 lies between
+# Near any x the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each
+# unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the gradient is a
+# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it by the W; for S, which a small
+# change of the weights does not change, the derivative is 0. Further, W1 x_hat + b1 lies between
 # the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md derives it.
 def explicit_terms(critic, real, fake, c):                                            # 11.4
     """W, the penalty and the mean norm of critic_step; real, fake: [N, 1, 28, 28]."""
     layer1, layer2, layer3, layer4 = critic.model[::3]  # between them LeakyReLU and Dropout
     dropout, n = critic.model[2], len(real)
     w1, w_label = layer1.weight.split([784, EMBED_DIM], dim=1)                          # 11.4
-    label = F.linear(critic.label_embedding(c), w_label, layer1.bias)                   # 11.4
+    label = F.linear(critic.label_embedding(c), w_label, layer1.bias)   # and b1          11.4
     a = F.linear(torch.cat([real, fake]).flatten(1), w1) + label.repeat(2, 1)   # [2N, 128], 11.4
     scores = critic.model[1:](a)                        # [2N, 1]
 
@@ -155,8 +163,9 @@ def explicit_terms(critic, real, fake, c):                                      
     with torch.no_grad():
         a1 = torch.lerp(a[n:], a[:n], torch.rand(n, 1, device=a.device))    # W1 x_hat + b1
         s1 = slope(a1)
-        s2 = slope(a2 := layer2(a1 * s1))
+        s2 = slope(a2 := layer2(a1 * s1))   # a1 * s1: what LeakyReLU and Dropout make of a1
         s3 = slope(layer3(a2 * s2))
+    # g(x_hat), [N, 784]: only here does autograd follow the weights.
     g = (((layer4.weight * s3) @ layer3.weight * s2) @ layer2.weight * s1) @ w1       # 11.4
     penalty, norms = penalty_of(g)
     return scores[:n].mean() - scores[n:].mean(), penalty, norms.mean()
@@ -174,13 +183,13 @@ def main(argv=None):
     parser.option("--class", "draw this class alone", dest="label", group="drawing",    # 11.4
                   type=int, choices=range(NUM_CLASSES))                                 # 11.4
     args = parser.options(argv)
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         return common.sample_run(Generator, [args.latent_dim], generate_noise, args)
 
     data = common.prepare(args)
     generator = Generator(args.latent_dim).to(args.device)
     critic = Critic().to(args.device)
-    betas = args.beta1, args.beta2
+    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, betas, fused=True)
 

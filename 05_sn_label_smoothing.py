@@ -17,14 +17,15 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
     --ttur on | off                          two learning rates: 4e-4 for D, 1e-4 for G
     --n-critic N                             N updates of D for one of G
 
-    python 05_sn_label_smoothing.py
-    python 05_sn_label_smoothing.py --spectral-norm off     all off: the plain objective of 02
+    python 05_sn_label_smoothing.py                         spectral normalisation, no other cure
+    python 05_sn_label_smoothing.py --spectral-norm off     all off: the loss of 02, another D
     python 05_sn_label_smoothing.py --dataset gaussians --minibatch-discrimination on
 
 At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
 (erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further
 (erratum 32). Differs from the text: spectral_norm is the parametrization (erratum 33); TTUR means
 learning rates (erratum 35); random labels may make L_D negative.
+"Erratum N" is a row of docs/errata.md.
 """
 
 import math
@@ -37,7 +38,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 # ------------------------------------------------------------------------------- hyperparameters
-# The constants of 02 and, for points, of 01: a comparison changes one thing at a time.
+# The constants of 02 and, for points, of 01. For images D is 実装例6's, not 02's: to see what one
+# cure does, compare two runs of this script, not one with a run of 02.
 CONSTANTS = {
     "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, spectral_norm="on", label_smoothing="none",
@@ -137,14 +139,19 @@ def last_layers(features, normalise, minibatch):
 NETWORKS = {"dcgan": (Generator, Discriminator), "points": (PointsGenerator, PointsDiscriminator)}
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I)."""
-    return torch.randn(count, args.latent_dim, device=device, generator=generator)
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I).
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
+    return torch.randn(count, args.latent_dim, device=device, generator=rng)
 
 
 @torch.no_grad()
 def spectral_table(discriminator):
-    """Per layer of D, by its name: the three numbers that 実装例6 takes for one (erratum 31).
+    """Per layer of D, by its name: three numbers that differ (erratum 31).
+
+    実装例6 prints the third and calls it the first.
 
     sigma: the true largest singular value of the weight in use;
     estimate: by power iteration, of the weight as trained; None without spectral_norm;
@@ -223,7 +230,7 @@ def main(argv=None):
                   type=common.number(int, at_least=1))
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
     if args.ttur == "on":
         if parser.given & TTUR.keys():

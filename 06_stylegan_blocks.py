@@ -8,6 +8,8 @@ Text: chapter 3, section 3.5 (実装例7), 演習問題4.
     x <- LeakyReLU(AdaIN(conv(x) + strength noise, w))  twice per block, the order of the listing
     L_D = mean(softplus(D(G(z))) + softplus(-D(x))) + r1_weight / 2 mean(||grad_x D(x)||^2)
     L_G = mean(softplus(-D(G(z))))                      softplus(-l) = -log sigmoid(l), as in 01
+                                                        D: here the logit l; in the log sigmoid(l)
+                                                        L_D: a sum, twice 02's without the penalty
 
     python 06_stylegan_blocks.py                        MNIST at 32x32, thin enough for a CPU
     python 06_stylegan_blocks.py --width 256 --latent-dim 512   the text's: block 128 -> 64, 8 x 512
@@ -20,6 +22,7 @@ The text has the mapping network and one block. We add: the generator and discri
 block, the loss and the growing, after ProGAN (arXiv 1710.10196) and StyleGAN (arXiv 1812.04948).
 Differs from the text: the styles act from the start (erratum 38); separate noise per layer,
 strengths start at 0.1 (erratum 37); the mapping network ends with a BatchNorm.
+"Erratum N" is a row of docs/errata.md.
 """
 
 import math
@@ -32,10 +35,11 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 # ------------------------------------------------------------------------------- hyperparameters
-# StyleGAN's are the betas, the mapping network's rate, and the half-life of the moving average of G
-# that is sampled (ema_decay): 10,000 images. The rest is ours: of what we tried, it gave the most
-# varied digits (docs/results.md). In short trainings G learned more slowly with the text's 512
-# latent dimensions. With a faster mapping network w loses all its dimensions but one or two.
+# StyleGAN's are the betas, the mapping network's rate and, nearly, the half-life of the moving
+# average of G that is sampled (ema_decay): 346 steps or 11,000 images, there 10,000. The rest is
+# ours: of what we tried, it gave the most varied digits (docs/results.md). In short trainings G
+# learned more slowly with the text's 512 latent dimensions. With a faster mapping network w keeps
+# only one or two of its dimensions.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0.0, beta2=0.99,
                      latent_dim=128, image_size=32, channels=1, width=64, progressive="on",
@@ -77,8 +81,8 @@ class MappingNetwork(nn.Sequential):
         for _ in range(num_layers):
             layers += [scaled(nn.Linear(latent_dim, latent_dim)), nn.LeakyReLU(0.2)]
         # Ours. LeakyReLU's outputs have a positive mean: after eight of them the w of different z
-        # correlate by 0.7. What all w share moves the styles many times faster than what tells
-        # them apart, and G makes one image. BatchNorm removes it: w has mean 0 and deviation 1.
+        # correlate by 0.7. A step of Adam changes most of all what all styles share, so that every
+        # z gives the same image. BatchNorm removes what all w share: w has mean 0, deviation 1.
         layers.append(nn.BatchNorm1d(latent_dim, affine=False))
         super().__init__(*layers)
 
@@ -91,14 +95,14 @@ class MappingNetwork(nn.Sequential):
 # instead (--kernels, docs/kernels.md); nothing else changes.
 @common.fused("adain")
 def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
-    """LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise); like x.
+    """LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise); shaped as x.
 
-    x: [N, C, H, W]; scale, bias: [N, C]; noise: [N or 1, 1, H, W], its strength [1] or [C].
-    A slope of 1 is no LeakyReLU; the listing has one after the normalisation, StyleGAN before it
-    (erratum 36).
+    x: [N, C, H, W]; scale (with its "1 +"), bias: [N, C]; noise: [N or 1, 1, H, W], its strength
+    [1] or [C]. A slope of 1 is no LeakyReLU. The listing has one after the normalisation, which is
+    all that this script uses; StyleGAN has it before, slope_before (erratum 36).
     """
     if noise is not None:
-        x = x + strength[:, None, None] * noise     # [C, 1, 1] * [N, 1, H, W]: all channels' noise
+        x = x + strength[:, None, None] * noise     # [N, C, H, W]: one map for all channels
     if slope_before != 1:
         x = F.leaky_relu(x, slope_before)
     x = scale[:, :, None, None] * F.instance_norm(x) + bias[:, :, None, None]   # [N, C, 1, 1]
@@ -106,7 +110,11 @@ def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_aft
 
 
 class AdaptiveInstanceNorm(nn.Module):
-    """実装例7 (AdaIN層): x [N, C, H, W] normalised, with a new scale and mean from w [N, w_dim]."""
+    """実装例7 (AdaIN層): x [N, C, H, W] normalised, then scale and bias from w [N, w_dim].
+
+    The listing's block adds the noise before it and applies LeakyReLU after it; here adain does
+    both, so that one kernel can.
+    """
 
     def __init__(self, num_features, w_dim=512):
         super().__init__()
@@ -257,9 +265,12 @@ def with_detail_of(level, images):
     return at(top) if level == top else torch.lerp(at(top - 1), at(top), level - top + 1)
 
 
-def generate_noise(count, args, device, generator=None):
-    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I)."""
-    return torch.randn(count, args.latent_dim, device=device, generator=generator)
+def generate_noise(count, args, device, rng=None):
+    """Noise z (潜在変数) [count, latent_dim] ~ N(0, I).
+
+    rng: a torch.Generator, PyTorch's source of random numbers.
+    """
+    return torch.randn(count, args.latent_dim, device=device, generator=rng)
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -283,7 +294,8 @@ def r1_penalty(real_logits, real):
 def mixed_styles(generator, z, probability):
     """Mixing regularisation (3.5, スタイル混合; StyleGAN, 3.1): styles [N, blocks, latent_dim].
 
-    They are z's; with this probability, from a random block on, those of another z.
+    The style of z for every block; with this probability, drawn once per batch, the blocks from a
+    random one on get the style of another z.
     """
     styles, active = generator.styles(z), math.ceil(generator.level) + 1
     if active > 1 and torch.rand(()) < probability:
@@ -383,7 +395,7 @@ def draw_noise(pipeline, path):
     images = renoise(pipeline.generator, pipeline.noise(6).to(pipeline.device), 100).cpu()
     deviation = images.std(1, keepdim=True)
     rows = torch.cat([images[:, :8], deviation / deviation.max() * 2 - 1], 1)   # [6, 9, C, S, S]
-    title = f"eight noises; last, their standard deviation (white: {deviation.max():.2f})"
+    title = f"eight of 100 noises; last, the deviation over the 100 (white: {deviation.max():.2f})"
     common.save_panels({title: (rows.flatten(0, 1), 9)}, path)
 
 
@@ -408,7 +420,7 @@ def main(argv=None):
                   action="store_const", const=True)
     args = parser.options(argv)
     shape = args.image_size, args.channels, args.width
-    if args.run:
+    if args.run:                                    # --from RUN: draw from it, no training
         shape = args.latent_dim, *shape
         return common.sample_run(Generator, shape, generate_noise, args, STYLES)
 
@@ -421,7 +433,7 @@ def main(argv=None):
                  *generator.to_rgb.parameters()]
     groups = [{"params": synthesis},
               {"params": generator.mapping.parameters(), "lr": args.lr_g * MAPPING_RATE}]
-    betas = args.beta1, args.beta2
+    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(groups, args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 

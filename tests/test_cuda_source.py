@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -467,15 +468,28 @@ FAULTS |= {f"{limit} pixels are no limit": (
 FAULTS["256 pixels one by one are no limit"] = "a.pixels > L::ROOM", "a.pixels > L::ROOM + (L::TILE == L::ROOM)"
 
 
-@pytest.mark.parametrize("fault", ["none", *FAULTS])
-def test_faults_are_found(fault, tmp_path):
+def planted(fault, folder):
+    """The library with this fault."""
     source = (CSRC / "cuda.cu").read_text()
     snippet, faulty = FAULTS.get(fault, ("", ""))
     assert fault == "none" or source.count(snippet) == 1
     source, others = re.subn(r"    case Dtype::b?float16:.*\n", "", source.replace(snippet, faulty))  # for speed
     assert others == 2
-    (tmp_path / "cuda.cu").write_text(source)
-    status, errors = outcome_apart(shared_library(tmp_path / "cuda.cu", tmp_path / "cuda.so", "-O0"))
+    (folder / "cuda.cu").write_text(source)
+    return shared_library(folder / "cuda.cu", folder / "cuda.so", "-O0")
+
+
+@pytest.fixture(scope="session")
+def libraries(request, tmp_path_factory):
+    """Those of all faults that will be tested, compiled side by side: {fault: future}."""
+    faults = [item.callspec.params["fault"] for item in request.session.items if item.name.startswith("test_faults_are_found")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {fault: pool.submit(planted, fault, tmp_path_factory.mktemp("fault")) for fault in faults}
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_faults_are_found(fault, libraries):
+    status, errors = outcome_apart(libraries[fault].result())
     if fault == "none":
         assert status == 0, errors
     else:

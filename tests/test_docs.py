@@ -43,7 +43,7 @@ def results():
 def commands():
     """Every command of the README, the exercises and the results: in blocks, as inline code, and what results.py runs."""
     found = [f"python {command}" for runs in load_module("results").TABLES.values() for command, _ in runs]
-    for document in ("README.md", "docs/exercises.md", "docs/results.md"):
+    for document in ("README.md", "docs/runs.md", "docs/exercises.md", "docs/results.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
             found += [command.strip() for line in block.splitlines() for command in line.partition("#")[0].split("&&")]
@@ -53,9 +53,24 @@ def commands():
 
 def test_readme_has_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "pip install -r requirements.txt && python 03_wgan_gp.py --epochs 5\n" in text
+    assert "pip install -r requirements.txt && python 01_vanilla_gan.py --epochs 20\n" in text
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest\n" in text
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_both_readmes_say_the_same():
+    """Commands, what is quoted from screens and code, links and numbers, in one order; at most 120 lines each."""
+    def facts(name):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 120
+        blocks = [line.partition("#")[0].strip() for block in re.findall(r"```\w+\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        links = re.findall(r"\]\(([^)]+)\)", prose.replace("README.ja.md", "README.md"))
+        prose = re.sub(r"\]\([^)]+\)", "", prose)
+        return blocks, links, sorted(re.findall(r"`[^`]+`", prose)), sorted(re.findall(r"\d[\d,.]*(?<=\d)", re.sub("`[^`]+`", "", prose)))
+
+    for english, japanese in zip(facts("README.md"), facts("README.ja.md"), strict=True):
+        assert english == japanese
 
 
 @pytest.mark.parametrize("command", commands())
@@ -75,6 +90,16 @@ def test_commands_are_understood(command, monkeypatch, capsys):
     text = capsys.readouterr().out
     for flag in [argument for argument in arguments if argument.startswith("--") and needs_run]:
         assert re.search(rf"^  {flag}\b", text, re.MULTILINE), f"{script} has no {flag}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_command_of_the_readme_trains(script, tmp_path, capsys):
+    """The first of each script, on digits and for one step."""
+    command = next(command for command in re.findall(rf"^(?:pip .* && )?python {script}.py(.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+                   if not re.search("--(from|resume|compare)", command))
+    short = ["--epochs", "1", "--max-batches", "1", "--batch-size", "4", "--dataset", "digits", "--data-dir", "data", "--eval-interval", "0"]
+    load_script(script).main([*shlex.split(command, comments=True), *short, "--output-dir", str(tmp_path)])
+    assert "epoch 1/1" in capsys.readouterr().out and list(tmp_path.glob("*/samples/final.png"))
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
@@ -158,6 +183,13 @@ def test_every_place_of_the_text_leads_to_code():
     assert all("#L" in code for place, _, code, _ in rows if place.startswith("実装例"))
     assert places.places("実装例1 to 3, 演習問題2 and 3; 3.1-3.2; StyleGAN, 3.1; arXiv 1606.03498, 3.2; 10,000; 3.65") == {
         "実装例1", "実装例2", "実装例3", "演習問題2", "演習問題3", "3.1", "3.2"}
+
+
+def test_the_glossary_names_what_the_sources_have():
+    glossary = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8").partition("\n## Glossary\n")[2]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    names = re.findall(r"`([^`]+)`", glossary)
+    assert len(names) > 30 and [name for name in names if not all(re.search(rf"(?<!\w){part}(?!\w)", sources) for part in name.split())] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
