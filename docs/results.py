@@ -389,7 +389,9 @@ def pictures(folder):
     for name, (key, file) in GALLERY.items():
         if path := next((folder / slug(*key)).glob(f"*/samples/{file}"), None):
             shutil.copyfile(path, DOCS / "gallery" / (name + path.suffix))
-    draw("samples", 4, {command.replace(FAST, ", faster").replace(".py", ""): (command, 0) for command in DEFAULTS}, folder)
+    if all((command, 0) in rows() for command in DEFAULTS if " " not in command):     # a panel for each script
+        draw("samples", 4, {command.replace(FAST, ", faster").replace(".py", ""): (command, 0) for command in DEFAULTS},
+             folder)
     draw("cures", 6, {f"{name}: {mixture}": (f"{command} --dataset {mixture}{STEPS}", 0)
                       for name, command in CURES.items() for mixture in MIXTURES}, folder, (0.07, 0.01, 1, 0.94))
 
