@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,26 +34,11 @@ RUNS = [(script, "digits", []) for script in SCRIPTS] + [(script, "gaussians", [
 """(script, data set, flags) of the runs that every output is checked on."""
 
 
-@pytest.fixture(scope="module")
-def started(request, tmp_path_factory):
-    """All of RUNS that are asked for, two at a time: {(script, data set): (future of the process, folder)}."""
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = {each["finished"][:2] for each in parameters if "finished" in each}
-    with ThreadPoolExecutor(2) as pool:
-        runs = {}
-        for script, dataset, flags in RUNS:
-            if (script, dataset) in wanted:
-                parent = tmp_path_factory.mktemp("runs")
-                runs[script, dataset] = pool.submit(
-                    run_script, script, *QUICK, *THIN.get(script, []), *flags, "--output-dir", parent), parent
-        yield runs
-
-
 @pytest.fixture(scope="module", params=RUNS, ids=lambda case: f"{case[0]}-{case[1]}")
-def finished(request, started):
-    script, dataset, _ = request.param
-    future, parent = started[script, dataset]
-    process = future.result()
+def finished(request, tmp_path_factory):
+    script, dataset, flags = request.param
+    parent = tmp_path_factory.mktemp("runs")
+    process = run_script(script, *QUICK, *THIN.get(script, []), *flags, "--output-dir", parent)
     assert process.returncode == 0, process.stderr
     return script, dataset, parent / f"{script}-{dataset}-0001", process
 
