@@ -1229,7 +1229,7 @@ MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaus
 
 
 def draw_mixture(name, split):
-    """Points [N, 2] of a mixture (実装例3) and the number of the centre of each [N]; PacGAN's training sets have 100,000."""
+    """実装例3: points [N, 2] of a mixture and the number of the centre of each [N]; PacGAN trains on 100,000."""
     count, seed = {"train": (60_000 if name == "gaussians" else 100_000, 1), "test": (10_000, 2)}[split]
     (centres, sigma), rng = MIXTURES[name], torch.Generator().manual_seed(seed)
     labels = torch.randint(len(centres), (count,), generator=rng)
@@ -1351,8 +1351,8 @@ def inception_score(probabilities):
 def frechet_distance(features, reference):
     """3.2, 3.6: ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features [N, D] and [M, D], N, M >= 2.
 
-    arXiv 1706.08500; m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to the features
-    (erratum 50).
+    arXiv 1706.08500; m and S: mean and covariance. It is the square of a distance, between the Gaussians fitted to
+    the features (erratum 50).
     """
     (m1, s1), (m2, s2) = ((part.mean(0), part.T.cov()) for part in (finite(features).double(), reference.double()))
     values, vectors = torch.linalg.eigh(s1)
