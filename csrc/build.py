@@ -85,14 +85,16 @@ def digest(content):
 
 
 def flags(device):
-    """The compiler's, as cpp_extension.load takes them."""
+    """The compiler's and linker's, as cpp_extension.load takes them."""
     target = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
+    # The system's C++ library and no copy in ours, nor the parts in libc10: with two of them an error message crashed
+    linker = {"extra_ldflags": ["-l:libstdc++.so.6"]} if sys.platform == "linux" else {}
     if device == "cuda":
-        return {"extra_cflags": [*target, "-DUSE_CUDA"], "extra_cuda_cflags": ["-O3"]}
+        return {"extra_cflags": [*target, "-DUSE_CUDA"], "extra_cuda_cflags": ["-O3"], **linker}
     # All instructions of this processor, but in the compiler's usual order, which was faster; whole AVX-512 vectors; no
     # detours for errno and traps, which nobody asks for.
     native = ["-march=native", "-mtune=generic", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    return {"extra_cflags": [*target, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *native]}
+    return {"extra_cflags": [*target, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *native], **linker}
 
 
 def fingerprint(device):

@@ -267,6 +267,7 @@ def test_auto_falls_back_and_says_why(cause, nothing_cached, tmp_path, monkeypat
 
     monkeypatch.setattr(build.shutil, "which", found)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CXX", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     line = ops.choose("auto", device)
@@ -310,6 +311,16 @@ def test_cuda_sources_compile_link_and_load_where_nvcc_is(tmp_path):
     assert len(libraries(tmp_path)) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's linker")
+def test_the_c_plus_plus_library_is_the_system_s():
+    """Not a copy in ours, not the parts of another one in libc10: with two of them in a process an error message crashed."""
+    ops.choose("fused", "cpu")
+    path, = build.cache_folder().glob(f"gan_cpu-{build.fingerprint('cpu')}-*.so")
+    symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
+    used = re.findall(r" ([A-Z]) (?:_ZNK?St|__cxa_throw)\w*(@?)", symbols)
+    assert len(used) > 5 and {*used} <= {("U", "@"), ("W", "")}, "undefined, of a version; inline functions are ours"
+
+
 TARGETS = ["sm_90", "sm_100"]
 
 
@@ -341,7 +352,7 @@ def check_what_nvcc_makes(nvcc, architecture, folder):
                              ROOT / "csrc" / "cuda.cu"], capture_output=True, text=True, check=True).stderr
     kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
                          r"(\d+) bytes spill loads", report, re.DOTALL)
-    assert len(kernels) == 2 * (11 + 10 + 10) + 3 * 2 * 2 + 1  # AdaIN's layouts per dtype; the penalty's; the norms
+    assert len(kernels) == 2 * (11 + 10 + 10) + 3 * 3 * 2 + 1  # AdaIN's layouts per dtype; the penalty's; the norms
     spilled = [kernel for kernel in kernels if kernel[1:] != ("0", "0", "0")]
     assert not spilled, (architecture, spilled)
     disassembler = build.shutil.which("cuobjdump") or Path(
@@ -358,8 +369,8 @@ def check_what_nvcc_makes(nvcc, architecture, folder):
             least = items * (2 + backward)  # of x, the noise, dy
             if fewer := (vector, threads, items, backward) == (4, 512, 8, 0):  # 64 registers: x, half of the noise
                 least = 12 if architecture in TARGETS else 9  # or less of it
-        elif re.search(r"(square_sums|scaled_rows)I\w+Li[48]E", name):
-            least, fewer = 4, False
+        elif rows := re.search(r"(?:square_sums|scaled_rows)I\w+Li[48]ELi(32|256)E", name):
+            least, fewer = {"32": 7, "256": 4}[rows[1]], False
         else:
             continue
         checked += 1
@@ -367,7 +378,7 @@ def check_what_nvcc_makes(nvcc, architecture, folder):
         assert runs[0] >= least and (fewer or min(runs) >= least), (architecture, name, runs)
         assert "square_sums" in name or re.search(r"\bSTG\S*\.128", code)
         assert not re.search(r"\b(LDG|STG)\S*\.64\b", code)
-    assert checked == 2 * (9 + 8 + 8) + 3 * 2
+    assert checked == 2 * (9 + 8 + 8) + 3 * 2 * 2
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
