@@ -1,4 +1,4 @@
-// The kernels for CUDA. A block for a piece of a row; for an instance of AdaIN a block, a warp or a part of one.
+// The kernels for CUDA. A block or a warp for a piece of a row; a block, a warp or less for an instance of AdaIN.
 // 16 bytes per access where addresses allow it.
 //
 // Sums are taken in a fixed order and no atomics are used, so that results are the same bits on every run.
@@ -22,6 +22,8 @@ __device__ void store(__half& target, float value) { target = __float2half_rn(va
 __device__ void store(__nv_bfloat16& target, float value) { target = __float2bfloat16_rn(value); }
 
 template <class T, int V> struct alignas(sizeof(T) * V) Vector { T at[V]; };     // moved by one instruction
+
+constexpr int MULTIPROCESSORS = 132;            // of Hopper's H100 and H200
 
 // The sum over the THREADS threads that share an instance, part of a warp or a whole block; each of them gets it. The
 // shuffle gives a thread the value of the one whose number differs in the bit `distance`: after five, all 32 of a warp
@@ -90,40 +92,46 @@ template <class F> int for_dtype(Dtype dtype, F f) {
 }
 
 // ----------------------------------------------------------------------------- gradient penalty
-constexpr int ROW_THREADS = 256, ROW_ITEMS = 4;
+constexpr int ROW_THREADS = 256;                // of a block; a piece is a block's, or of many short rows a warp's
+template <int THREADS> constexpr int ROW_ITEMS = THREADS == 32 ? 7 : 4;
 
-// How the vectors of a row are cut into pieces: a column of the grid for each of them, a line for each row.
+// How the vectors of a row are cut into pieces: a column of the grid for each, a line for each row or for eight.
 struct Cut {
   int64_t vectors, length, pieces;              // length: of a piece; the last ones may be shorter, or empty
 
   Cut(const Penalty& p, int V) : vectors(p.columns / V), pieces(::pieces(p.rows, p.columns)) {
     length = (vectors + pieces - 1) / pieces;
   }
-  dim3 blocks(const Penalty& p) const { return dim3(unsigned(pieces), unsigned(std::min<int64_t>(p.rows, 65535))); }
+  dim3 blocks(const Penalty& p, int per_block) const {
+    return dim3(unsigned(pieces), unsigned(std::min<int64_t>((p.rows + per_block - 1) / per_block, 65535)));
+  }
 };
 
 // Calls body(row, j, begin, count) for the pieces of this block, each the j-th of its row. Its loops take any grid.
 template <class Body> __device__ void each_piece(const Penalty& p, const Cut& cut, Body body) {
-  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y)
+  const int64_t step = int64_t(gridDim.y) * blockDim.y;
+  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows; row += step)
     for (int64_t j = blockIdx.x; j < cut.pieces; j += gridDim.x)
       body(row, j, row * cut.vectors + j * cut.length, min(cut.length, cut.vectors - j * cut.length));
 }
 
-template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) square_sums(Penalty p, Cut cut) {
+// Three blocks at least, which leaves 80 registers: left alone the compiler saves some, and waits between the loads.
+template <class T, int V, int THREADS>
+__global__ void __launch_bounds__(ROW_THREADS, 3) square_sums(Penalty p, Cut cut) {
   each_piece(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
     const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
     float squares[V] = {}, total = 0;
-    each_tile<ROW_THREADS * ROW_ITEMS>(count, [&](int64_t tile, int held) {
-      Vector<T, V> g[ROW_ITEMS];
-      fetch<ROW_THREADS>(gradient + tile, held, g);
-      each_held<ROW_THREADS, ROW_ITEMS>(held, [&](int n, int) {
+    each_tile<THREADS * ROW_ITEMS<THREADS>>(count, [&](int64_t tile, int held) {
+      Vector<T, V> g[ROW_ITEMS<THREADS>];
+      fetch<THREADS>(gradient + tile, held, g);
+      each_held<THREADS, ROW_ITEMS<THREADS>>(held, [&](int n, int) {
 #pragma unroll
         for (int e = 0; e < V; ++e) squares[e] += to_float(g[n].at[e]) * to_float(g[n].at[e]);
       });
     });
 #pragma unroll
     for (int e = 0; e < V; ++e) total += squares[e];
-    total = sum<ROW_THREADS>(total);
+    total = sum<THREADS>(total);
     if (threadIdx.x == 0) static_cast<float*>(p.partial)[row * cut.pieces + j] = total;
   });
 }
@@ -150,7 +158,8 @@ __global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p, int64_t pie
   if (threadIdx.x == 0) *static_cast<float*>(p.penalty) = total / float(p.rows);   // no rows: NaN, as a mean
 }
 
-template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
+template <class T, int V, int THREADS>
+__global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
   each_piece(p, cut, [&](int64_t row, int64_t, int64_t begin, int64_t count) {
     const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
     auto* d_gradient = static_cast<Vector<T, V>*>(p.d_gradient) + begin;
@@ -158,10 +167,10 @@ template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_
     const float d_norm = *static_cast<const float*>(p.d_penalty) * 2 * (norm - 1) / float(p.rows) +
                          (p.d_norms ? static_cast<const float*>(p.d_norms)[row] : 0);
     const float factor = norm == 0 ? 0 : d_norm / norm;         // at norm 0 the subgradient 0, as torch.norm's
-    each_tile<ROW_THREADS * ROW_ITEMS>(count, [&](int64_t tile, int held) {
-      Vector<T, V> g[ROW_ITEMS];
-      fetch<ROW_THREADS>(gradient + tile, held, g);
-      each_held<ROW_THREADS, ROW_ITEMS>(held, [&](int n, int k) {
+    each_tile<THREADS * ROW_ITEMS<THREADS>>(count, [&](int64_t tile, int held) {
+      Vector<T, V> g[ROW_ITEMS<THREADS>];
+      fetch<THREADS>(gradient + tile, held, g);
+      each_held<THREADS, ROW_ITEMS<THREADS>>(held, [&](int n, int k) {
 #pragma unroll
         for (int e = 0; e < V; ++e) store(g[n].at[e], to_float(g[n].at[e]) * factor);
         d_gradient[tile + k] = g[n];
@@ -170,18 +179,22 @@ template <class T, int V> __global__ void __launch_bounds__(ROW_THREADS) scaled_
   });
 }
 
-// Calls f(a number of the type, elements of a vector): 16 bytes where the rows are whole vectors, else one element.
+// Calls f(a number of the type, elements of a vector, threads for a piece). A vector is 16 bytes where rows are whole
+// vectors, else one element. Rows that fill the GPU and fit into the registers of a warp get one each.
 template <class F> int for_rows(const Penalty& p, Dtype dtype, F f) {
   return for_dtype(dtype, [&](auto kind) {
     constexpr int V = 16 / sizeof(kind);
-    const bool whole = p.columns % V == 0 && aligned({p.gradient, p.d_gradient});
-    return whole ? f(kind, std::integral_constant<int, V>()) : f(kind, std::integral_constant<int, 1>());
+    const std::integral_constant<int, 32> warp{};
+    const std::integral_constant<int, ROW_THREADS> block{};
+    if (p.columns % V != 0 || !aligned({p.gradient, p.d_gradient}))
+      return f(kind, std::integral_constant<int, 1>(), block);
+    const std::integral_constant<int, V> vector{};
+    return p.rows >= 8 * MULTIPROCESSORS && p.columns <= 32 * ROW_ITEMS<32> * V ? f(kind, vector, warp)
+                                                                               : f(kind, vector, block);
   });
 }
 
 // ---------------------------------------------------------------------------------------- AdaIN
-constexpr int MULTIPROCESSORS = 132;            // of Hopper's H100 and H200
-
 // How an instance is shared out: THREADS threads, each of which has ITEMS vectors of V elements in registers. They hold
 // the WHOLE instance, or one tile of it after the other; then every loop over the instance reads it again.
 template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout {
@@ -369,9 +382,10 @@ template <class T, bool BACKWARD> int adain(const Adain& a, Where where) {
 }  // namespace
 
 int penalty_forward(const Penalty& p, Dtype dtype, Where where) {
-  return for_rows(p, dtype, [&](auto kind, auto v) {
+  return for_rows(p, dtype, [&](auto kind, auto v, auto threads) {
     const Cut cut(p, v);
-    const int error = launch(square_sums<decltype(kind), v>, cut.blocks(p), dim3(ROW_THREADS), where, p, cut);
+    const dim3 block(threads, ROW_THREADS / threads);
+    const int error = launch(square_sums<decltype(kind), v, threads>, cut.blocks(p, block.y), block, where, p, cut);
     int lanes = 1;
     while (lanes < 32 && 2 * lanes <= cut.pieces) lanes *= 2;
     return error ? error : launch(norms_and_penalty, dim3(1), dim3(1024), where, p, cut.pieces, lanes);
@@ -379,9 +393,10 @@ int penalty_forward(const Penalty& p, Dtype dtype, Where where) {
 }
 
 int penalty_backward(const Penalty& p, Dtype dtype, Where where) {
-  return for_rows(p, dtype, [&](auto kind, auto v) {
+  return for_rows(p, dtype, [&](auto kind, auto v, auto threads) {
     const Cut cut(p, v);
-    return launch(scaled_rows<decltype(kind), v>, cut.blocks(p), dim3(ROW_THREADS), where, p, cut);
+    const dim3 block(threads, ROW_THREADS / threads);
+    return launch(scaled_rows<decltype(kind), v, threads>, cut.blocks(p, block.y), block, where, p, cut);
   });
 }
 

@@ -256,9 +256,10 @@ def check_adain(library, *arguments, also=0.0, **options):
 
 
 # ----------------------------------------------------------------------------------- tests
-# One piece a row: the first three and the last. Several, of up to 1,024 elements: the next three; of more: (200, 8192);
-# of more than a block takes at once: the next two, in vectors and one by one.
-SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192), (1056, 8200), (600, 2049), (1100, 8)]
+# One piece a row: the first three. Several, of up to 1,024 elements: the next three; of more: (200, 8192); of more than
+# a block takes at once: the next two, in vectors and one by one. A warp for each row: the last two.
+SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192), (1056, 8200), (600, 2049), (1100, 8),
+         (1057, 784)]
 PIXELS = [2, 4, 16, 49, 64, 100, 256, 300, 784, 1024, 4096, 6000, 16384, 20000]
 LIMITS = {16: 4, 32: 8, 64: 16, 128: 32, 256: 64, 1024: 256, 4096: 1024, 16384: 4096}  # pixels: float32 vectors
 TENSORS = ["x", "dy", "noise", "y", "dx"]
@@ -302,6 +303,12 @@ def test_adain_of_one_tensor_at_an_odd_address(library, name):
 def test_few_instances_are_spread_over_all_multiprocessors(library, pixels, channels, blocks, threads):
     check_adain(library, pixels, channels=channels)
     assert last_launch(library) == [blocks, threads]
+
+
+@pytest.mark.parametrize("rows, columns, blocks", [(1055, 20, 1055), (1056, 20, 132), (1057, 896, 133), (1056, 900, 1056)])
+def test_many_short_rows_have_a_warp_each(library, rows, columns, blocks):
+    check_penalty(library, rows, columns)
+    assert last_launch(library) == [blocks, 256]
 
 
 def test_pieces_fill_the_gpu_and_are_not_too_small(library):
@@ -363,7 +370,7 @@ def test_adain_of_nothing_launches_nothing(library):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, columns", [(5, 3072), (3, 3073), (40, 784)])
+@pytest.mark.parametrize("rows, columns", [(5, 3072), (3, 3073), (40, 784), (1057, 20)])
 def test_penalty_in_any_order_and_grid(library, rows, columns, dtype):
     inputs = penalty_inputs(rows, columns, dtype)
     expected = penalty(library, *inputs)
@@ -405,11 +412,13 @@ def check_briefly(library):
     check_penalty(library, 5, 3072)
     check_penalty(library, 3, 3073)
     check_penalty(library, 600, 2049)
+    check_penalty(library, 1057, 20)
     check_penalty(library, 5, 3072, shift=["gradient"])
     check_penalty(library, 5, 3072, shift=["d_gradient"])
     test_penalty_of_a_zero_row(library)
     turns(library, most_blocks=1)
     check_penalty(library, 3, 3072)
+    check_penalty(library, 1057, 20)
     check_adain(library, 64)
     check_adain(library, 4096)
     test_few_instances_are_spread_over_all_multiprocessors(library, 16, 264, 66, 32)
@@ -444,14 +453,15 @@ FAULTS = {
     "instances of four warps": ("int64_t(blockIdx.x) * blockDim.y", "int64_t(blockIdx.x) * 4"),
     "steps between instances": ("step = int64_t(gridDim.x) *", "step = 2 * int64_t(gridDim.x) *"),
     "threads without an instance": ("min(first + threadIdx.y, a.instances - 1)", "first + threadIdx.y"),
-    "columns not divisible": ("p.columns % V == 0 && ", ""),
+    "columns not divisible": ("p.columns % V != 0 || ", ""),
     "gradient not aligned": ("aligned({p.gradient, ", "aligned({"),
     "d_gradient not aligned": ("p.gradient, p.d_gradient}", "p.gradient}"),
     "pieces overlap": ("min(cut.length, cut.vectors - j * cut.length)", "cut.length"),
     "steps between pieces": ("j += gridDim.x", "j += 2 * gridDim.x"),
-    "steps between rows": ("row += gridDim.y", "row += 2 * gridDim.y"),
-    "squares of the first tile": ("float squares[V] = {}, total = 0;\n    each_tile<ROW_THREADS * ROW_ITEMS>(count, ",
-                                  "float squares[V] = {}, total = 0;\n    each_tile<1 << 30>(count, "),
+    "steps between rows": ("row += step", "row += 2 * step"),
+    "one row of eight": ("blockDim.y + threadIdx.y; row", "blockDim.y; row"),
+    "squares of the first tile": ("total = 0;\n    each_tile<THREADS * ROW_ITEMS<THREADS>>(count, ",
+                                  "total = 0;\n    each_tile<1 << 30>(count, "),
     "stores into the first tile": ("d_gradient[tile + k]", "d_gradient[k]"),
     "other rows' pieces": ("distance = lanes / 2", "distance = 16"),
     "pieces left out": ("j += lanes", "j += 32"),
