@@ -39,6 +39,7 @@ import threading
 import time
 import traceback
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -383,6 +384,7 @@ def prepare(args):
     """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be."""
     torch.manual_seed(args.seed)
     args.device = pick_device(args.device)
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # in the backward pass's thread: PyTorch makes up for it
     if RANKS > 1:
         join_ranks(args)
     with written(f"--output-dir {args.output_dir}", code=2):

@@ -97,7 +97,7 @@ def rehearse(script, folder, seed, *signals):
     common.Run.SAVE_SECONDS = seed % 2 * 1000  # every second time a checkpoint after each step: kills fall on them
     rng, plain, torn, fell = random.Random(seed), folder / "plain", folder / "torn", 0
     plain.mkdir(), torn.mkdir()
-    flags = ["--epochs", 3, "--max-batches", 4, "--eval-interval", 0, *CASES[script], "--output-dir"]
+    flags = ["--epochs", 3, "--max-batches", 4, "--eval-interval", 0, "--device", "cpu", *CASES[script], "--output-dir"]
     assert train(script, plain, [*flags, plain]) == 0, (plain / "output.txt").read_text()
     apart = 3 * int((plain / "events.txt").read_text()) // (2 * len(signals) + 2)  # the most events from one to the next
     code = None
@@ -162,7 +162,7 @@ def run(script, *arguments):
     return load_script(script).main(list(map(str, arguments)))
 
 
-SHORT = ["--dataset", "gaussians", "--epochs", 2, "--max-batches", 3, "--eval-interval", 0]
+SHORT = ["--dataset", "gaussians", "--epochs", 2, "--max-batches", 3, "--eval-interval", 0, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -170,18 +170,18 @@ def test_checkpoint(finished):
 def test_from_draws_what_the_training_drew(finished):
     """The seed fixes the latents: --generate with the run's seed repeats the last epoch's picture, bit for bit."""
     script, dataset, folder, _ = finished
-    module = load_script(script)
+    module, drawing = load_script(script), ["--device", "cpu"]
     log = (folder / "log.jsonl").read_bytes()
     count = {"gaussians": 2500}.get(dataset, 80 if script == "04_cgan" else 64)
-    module.main(["--from", str(folder), "--generate", str(count), "--interpolate", "--explore", "5"])
+    module.main([*drawing, "--from", str(folder), "--generate", str(count), "--interpolate", "--explore", "5"])
     drawn = picture(folder / "samples" / f"generated-{count}-seed0.png")
     assert np.array_equal(drawn, picture(folder / "samples" / "epoch_0002.png"))
-    module.main(["--from", str(folder / "checkpoint.pt"), "--generate", str(count), "--seed", "1"])
+    module.main([*drawing, "--from", str(folder / "checkpoint.pt"), "--generate", str(count), "--seed", "1"])
     assert not np.array_equal(drawn, picture(folder / "samples" / f"generated-{count}-seed1.png"))
     names = [f"generated-{count}-seed0.png", "interpolation-seed0.png", "latent_walk-dim5-seed0.png"]
     before = [picture(folder / "samples" / name) for name in names]
     for wish in (["--interpolate"], ["--explore", "5"], ["--generate", str(count)]):
-        module.main(["--from", str(folder), *wish])
+        module.main([*drawing, "--from", str(folder), *wish])
     assert all(map(np.array_equal, before, [picture(folder / "samples" / name) for name in names])), "a seed repeats"
     assert np.array_equal(before[1], picture(folder / "samples" / "interpolation.png"))
     assert (folder / "log.jsonl").read_bytes() == log

@@ -440,10 +440,10 @@ def test_style_pictures_of_the_run_and_of_from(run, module):
     names = ["style_mixing", "truncation", "noise"]
     for name in names:
         assert len(np.unique(picture(run / "samples" / f"{name}.png"))) > 20
-    module.main(["--from", str(run), "--styles"])
+    module.main(["--device", "cpu", "--from", str(run), "--styles"])
     for name in names:
         assert np.array_equal(picture(run / "samples" / f"{name}.png"), picture(run / "samples" / f"{name}-seed0.png"))
-    module.main(["--from", str(run), "--styles", "--seed", "1"])
+    module.main(["--device", "cpu", "--from", str(run), "--styles", "--seed", "1"])
     assert not np.array_equal(picture(run / "samples" / "style_mixing.png"), picture(run / "samples" / "style_mixing-seed1.png"))
 
 
