@@ -128,7 +128,8 @@ def run(command, seed, data_dir, folder, threads):
         return None
     scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
     return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 3),
-            "threads": threads, "processor": processor(), "torch": options["versions"]["torch"], "last": log[-1],
+            "threads": threads, "torch": options["versions"]["torch"], "last": log[-1],
+            "processor": torch.cuda.get_device_name() if options["device"] == "cuda" else processor(),
             **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
 
 
@@ -264,8 +265,8 @@ MEASURES = {"times": times, "costs": costs, "updates": updates, "mixing": mixing
 
 # ----------------------------------------------------------------------------------------- tables
 def defaults_table(done):
-    yield ["Command", "Seed", "Minutes", "Last epoch line", "Inception Score", "Frechet distance", "Precision, recall",
-           "Rarest, most frequent digit"]
+    yield ["Command", "Seed", "Trained on", "Minutes", "Last epoch line", "Inception Score", "Frechet distance",
+           "Precision, recall", "Rarest, most frequent digit"]
     for command, seed in TABLES["defaults"]:
         if row := done.get((command, seed)):
             scores, last = row["checkpoint"], row["last"]
@@ -275,7 +276,7 @@ def defaults_table(done):
             asked = f"; {scores['as_asked']:.1%} as asked" if "as_asked" in scores else ""
             step = done.get(("times", None), {"found": {}})["found"].get(command.removesuffix(FAST))
             minutes = f"{step * last['step'] / 60_000:.0f}" if step else "-"
-            yield [f"`{command}`", seed, minutes, ", ".join(quantities), f"{scores['IS']:.2f}",
+            yield [f"`{command}`", seed, row["processor"], minutes, ", ".join(quantities), f"{scores['IS']:.2f}",
                    f"{scores['FD']:.1f}", f"{scores['precision']:.2f}, {scores['recall']:.2f}{asked}",
                    f"{min(shares):.1f} %, {max(shares):.1f} %"]
 
