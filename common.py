@@ -384,7 +384,8 @@ def prepare(args):
     """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be."""
     torch.manual_seed(args.seed)
     args.device = pick_device(args.device)
-    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # in the backward pass's thread: PyTorch makes up for it
+    # The thread of the backward pass has no CUDA context at first; PyTorch sets one itself, and warns.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
     if RANKS > 1:
         join_ranks(args)
     with written(f"--output-dir {args.output_dir}", code=2):

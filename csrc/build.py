@@ -87,7 +87,8 @@ def digest(content):
 def flags(device):
     """The compiler's and linker's, as cpp_extension.load takes them."""
     target = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # 2.11
-    # The system's C++ library and no copy in ours, nor the parts in libc10: with two of them an error message crashed
+    # The shared C++ library, before PyTorch's. Otherwise the linker may copy a static one into ours, or take functions
+    # from the copy that libc10 contains; with two copies in one process, making an error message crashed.
     linker = {"extra_ldflags": ["-l:libstdc++.so.6"]} if sys.platform == "linux" else {}
     if device == "cuda":
         return {"extra_cflags": [*target, "-DUSE_CUDA"], "extra_cuda_cflags": ["-O3"], **linker}
@@ -192,6 +193,10 @@ def compile_and_load(device, settings, name, folder):
     """Compile in a fresh folder, where no lock of torch can be stale, load the library and keep it."""
     from torch.utils import cpp_extension  # slow to import
 
+    options, asked = flags(device), [*shlex.split(settings["CXX"]), "-print-file-name=libstdc++.so.6"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+    if not os.path.isfile(found):  # another C++ library: the name alone comes back
+        options.pop("extra_ldflags", None)
     if not shutil.which(settings["CXX"]):  # cpp_extension takes the name of a program, nothing more
         script = folder / "compiler"
         script.write_text(f'#!/bin/sh\nexec {settings["CXX"]} "$@"\n')
@@ -201,7 +206,7 @@ def compile_and_load(device, settings, name, folder):
         with environment(settings, cpp_extension):
             cpp_extension.load(f"gan_{device}", [str(HERE / source) for source in SOURCES[device]],
                                build_directory=str(folder), with_cuda=device == "cuda", is_python_module=False,
-                               **flags(device))
+                               **options)
         content = next(folder.glob("*.so")).read_bytes()
     except Exception as error:  # whatever a compiler, ninja or the loader leads to
         raise Unavailable(f"the build failed; {keep_log(name, error)}") from error

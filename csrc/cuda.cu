@@ -25,7 +25,7 @@ template <class T, int V> struct alignas(sizeof(T) * V) Vector { T at[V]; };    
 
 constexpr int MULTIPROCESSORS = 132;            // of Hopper's H100 and H200
 
-// The sum over the THREADS threads that share an instance, part of a warp or a whole block; each of them gets it. The
+// The sum over the THREADS threads that share an instance or a row, part of a warp or a whole block; each gets it. The
 // shuffle gives a thread the value of the one whose number differs in the bit `distance`: after five, all 32 of a warp
 // hold the same sum, after two each four of them theirs. All threads of a warp have to take part.
 template <int THREADS> __device__ float sum(float value) {
@@ -92,7 +92,7 @@ template <class F> int for_dtype(Dtype dtype, F f) {
 }
 
 // ----------------------------------------------------------------------------- gradient penalty
-constexpr int ROW_THREADS = 256;                // of a block; a piece is a block's, or of many short rows a warp's
+constexpr int ROW_THREADS = 256;                // of a block, which takes one piece; or each of its warps a short row
 template <int THREADS> constexpr int ROW_ITEMS = THREADS == 32 ? 7 : 4;
 
 // How the vectors of a row are cut into pieces: a column of the grid for each, a line for each row or for eight.
@@ -108,17 +108,19 @@ struct Cut {
 };
 
 // Calls body(row, j, begin, count) for the pieces of this block, each the j-th of its row. Its loops take any grid.
-template <class Body> __device__ void each_piece(const Penalty& p, const Cut& cut, Body body) {
-  const int64_t step = int64_t(gridDim.y) * blockDim.y;
-  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows; row += step)
+template <int THREADS, class Body> __device__ void each_piece(const Penalty& p, const Cut& cut, Body body) {
+  const bool one = THREADS == ROW_THREADS;                      // row of a block: known here, it costs no register
+  const int64_t step = one ? gridDim.y : int64_t(gridDim.y) * blockDim.y;
+  for (int64_t row = one ? blockIdx.y : int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows; row += step)
     for (int64_t j = blockIdx.x; j < cut.pieces; j += gridDim.x)
       body(row, j, row * cut.vectors + j * cut.length, min(cut.length, cut.vectors - j * cut.length));
 }
 
-// Three blocks at least, which leaves 80 registers: left alone the compiler saves some, and waits between the loads.
+// Of warps at least three blocks per multiprocessor, up to 80 registers for a thread: without this the compiler takes
+// fewer, and in float32 some loads wait for earlier ones.
 template <class T, int V, int THREADS>
-__global__ void __launch_bounds__(ROW_THREADS, 3) square_sums(Penalty p, Cut cut) {
-  each_piece(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
+__global__ void __launch_bounds__(ROW_THREADS, THREADS == 32 ? 3 : 0) square_sums(Penalty p, Cut cut) {
+  each_piece<THREADS>(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
     const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
     float squares[V] = {}, total = 0;
     each_tile<THREADS * ROW_ITEMS<THREADS>>(count, [&](int64_t tile, int held) {
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p, int64_t pie
 
 template <class T, int V, int THREADS>
 __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
-  each_piece(p, cut, [&](int64_t row, int64_t, int64_t begin, int64_t count) {
+  each_piece<THREADS>(p, cut, [&](int64_t row, int64_t, int64_t begin, int64_t count) {
     const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
     auto* d_gradient = static_cast<Vector<T, V>*>(p.d_gradient) + begin;
     const float norm = static_cast<const float*>(p.norms)[row];
@@ -180,7 +182,8 @@ __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
 }
 
 // Calls f(a number of the type, elements of a vector, threads for a piece). A vector is 16 bytes where rows are whole
-// vectors, else one element. Rows that fill the GPU and fit into the registers of a warp get one each.
+// vectors, else one element. Where there are eight rows for every multiprocessor, and a row fits into the registers of
+// a warp, each row gets one.
 template <class F> int for_rows(const Penalty& p, Dtype dtype, F f) {
   return for_dtype(dtype, [&](auto kind) {
     constexpr int V = 16 / sizeof(kind);

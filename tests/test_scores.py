@@ -422,16 +422,16 @@ def test_scores_of_a_run(train, capsys):
     assert metrics["classifier"]["fingerprint"] in output
 
     before = (folder / "metrics.json").read_bytes()
-    load_script("04_cgan").main(["--from", str(folder), "--evaluate"])
+    load_script("04_cgan").main(["--device", "cpu", "--from", str(folder), "--evaluate"])
     again = capsys.readouterr().out
     assert table(again) == rows and (folder / "metrics.json").read_bytes() == before
     assert str(folder / "metrics.json") in again
-    load_script("04_cgan").main(["--from", str(folder / "best.pt"), "--evaluate", "--seed", "1", "--data-dir", "elsewhere"])
+    load_script("04_cgan").main(["--device", "cpu", "--from", str(folder / "best.pt"), "--evaluate", "--seed", "1", "--data-dir", "elsewhere"])
     other = json.loads((folder / "metrics-best.json").read_text())
     assert "checkpoint.pt" not in other and other["seed"] == 1
     assert other["best.pt"]["FD"] != metrics["best.pt"]["FD"] == pytest.approx(other["best.pt"]["FD"], rel=0.2)
     assert not list(folder.glob("*.tmp")) and not list((folder / "samples").glob("generated*"))
-    load_script("04_cgan").main(["--from", str(folder / "best.pt"), "--evaluate", "--class", "3"])
+    load_script("04_cgan").main(["--device", "cpu", "--from", str(folder / "best.pt"), "--evaluate", "--class", "3"])
     assert [path.name for path in (folder / "samples").glob("generated*")] == ["generated-64-class3-seed0.png"]
     assert (folder / "metrics.json").read_bytes() == before
     (folder / "best.pt").write_bytes(b"damaged")

@@ -189,6 +189,23 @@ def test_from_draws_what_the_training_drew(finished):
         path.unlink()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train_draw_and_go_on_on_a_gpu(script, tmp_path):
+    module, folder = load_script(script), tmp_path / f"{script}-digits-0001"
+    quick = [*QUICK, *THIN.get(script, []), "--device", "cuda", "--output-dir", str(tmp_path)]
+    module.main(quick)
+    drawn = []
+    for _ in range(2):
+        module.main(["--from", str(folder), "--device", "cuda", "--generate", "80" if script == "04_cgan" else "64"])
+        path, = (folder / "samples").glob("generated-*.png")
+        drawn.append(picture(path).astype(int))
+    assert np.array_equal(*drawn)
+    assert np.abs(drawn[0] - picture(folder / "samples" / "epoch_0002.png")).max() <= 2
+    module.main(["--resume", str(folder), "--epochs", "3"])
+    assert [row["epoch"] for row in read_log(folder)] == [1, 2, 3]
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Run a script in this process, without the pictures of its end; returns its log without `seconds`."""
