@@ -319,6 +319,7 @@ def check_the_c_plus_plus_library(path):
     assert len(used) > 5 and {*used} <= {("U", "@"), ("W", "@"), ("W", "")}, "undefined, of a version; inline functions are ours"
 
 
+@pytest.mark.slow
 def test_another_c_plus_plus_library(tmp_path):
     """Where the compiler has no libstdc++.so.6 it is not asked for."""
     other = script(tmp_path / "bin" / "other", 'case "$*" in *-print-file-name*) echo libstdc++.so.6;; '
