@@ -362,7 +362,7 @@ def with_tables(text):
 
 
 # --------------------------------------------------------------------------------------- pictures
-def draw(name, columns, panels, folder, box=(0, 0, 1, 1)):
+def draw(name, columns, panels, folder, box=(0, 0, 1, 1), dpi=64):
     """docs/NAME.png: {title: (command, seed)} as panels, the last epoch's picture of each run that has a row.
 
     box: the part of the picture that is shown, left, top, right, bottom, as fractions.
@@ -383,7 +383,7 @@ def draw(name, columns, panels, folder, box=(0, 0, 1, 1)):
         left, top, right, bottom = (round(part * size) for part, size in zip(box, pixels.shape[1::-1] * 2))
         axes.imshow(pixels[top:bottom, left:right])
         axes.set_title(title, fontsize=8)
-    figure.savefig(DOCS / f"{name}.png", dpi=64)
+    figure.savefig(DOCS / f"{name}.png", dpi=dpi)
 
 
 def pictures(folder):
@@ -391,9 +391,9 @@ def pictures(folder):
     for name, (key, file) in GALLERY.items():
         if path := next((folder / slug(*key)).glob(f"*/samples/{file}"), None):
             shutil.copyfile(path, DOCS / "gallery" / (name + path.suffix))
-    if all((command, 0) in rows() for command in DEFAULTS if " " not in command):     # a panel for each script
-        draw("samples", 4, {command.replace(FAST, ", faster").replace(".py", ""): (command, 0) for command in DEFAULTS},
-             folder)
+    scripts = {command.removesuffix(".py"): (command, 0) for command in DEFAULTS if " " not in command}
+    if all(key in rows() for key in scripts.values()):
+        draw("samples", 3, scripts, folder, dpi=100)
     draw("cures", 6, {f"{name}: {mixture}": (f"{command} --dataset {mixture}{STEPS}", 0)
                       for name, command in CURES.items() for mixture in MIXTURES}, folder, (0.07, 0.01, 1, 0.94))
 
