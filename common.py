@@ -1342,7 +1342,7 @@ def finite(samples):
 
 
 def inception_score(probabilities):
-    """3.2, 3.6: exp(mean_i KL(p_i || mean of p)) of class probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
+    """3.2, 3.6: exp(mean_i KL(p_i || mean of p)) of probabilities p [N, classes] (arXiv 1606.03498): 1 to classes.
 
     It falls when classes are lost or unclear, not when all images of a class are alike (erratum 48). What real
     images score depends on the classifier (erratum 47).
@@ -1365,7 +1365,7 @@ def frechet_distance(features, reference):
 
 
 def precision_recall(features, reference):
-    """3.6, 演習問題5: improved precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], N, M > NEIGHBOURS.
+    """3.6, 演習問題5: precision and recall (arXiv 1904.06991) of features [N, D] and [M, D], N, M > NEIGHBOURS.
 
     A set's manifold is the union of balls around its members, each reaching to the NEIGHBOURS-th nearest other
     one. Precision: the share of the samples in the reference's; recall: of the reference in that of the samples.
