@@ -5,8 +5,11 @@ Text: chapter 3, sections 3.1-3.2 (実装例1 to 3); chapter 11, sections 11.1-1
 
     min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]     minimax game, 3.1, 11.1.1
     Q = -mean(log D(x) + log(1 - D(G(z))))        discriminator's cost (コスト関数), 11.1.1
-    P = mean(log(1 - D(G(z))))                    generator's cost, 11.1.1: saturating
-    P = -mean(log D(G(z)))                        generator's cost in the listings: non-saturating
+    P = mean(log(1 - D(G(z))))                    generator's cost, 11.1.1; "saturating": its
+                                                  gradient vanishes (勾配消失) where D(G(z))
+                                                  is near 0
+    P = -mean(log D(G(z)))                        generator's cost in the listings;
+                                                  "non-saturating": there its gradient is large
                                                   (erratum 9)
 
 At the equilibrium (Nash均衡) D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 per term.
@@ -14,13 +17,14 @@ At the equilibrium (Nash均衡) D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 pe
     python 01_vanilla_gan.py                            chapter 3: one logit, binary cross-entropy
     python 01_vanilla_gan.py --variant two-logit        chapter 11: two logits, dropout
     python 01_vanilla_gan.py --variant keras            the networks of document 002
-    python 01_vanilla_gan.py --dataset gaussians        the 8 Gaussians of 実装例3; also ring, grid
+    python 01_vanilla_gan.py --dataset gaussians        8 Gaussians (実装例3's, halved), ring, grid
 
-Differs from the text: chapter 3 trains on noise, here on images (erratum 5); the discriminator
-returns logits, not probabilities (erratum 6); each update draws its own noise (3.2 and 11.2 reuse
-one z). --variant keras has the networks and constants of document 002, nothing else of it: 002
-samples its batches with replacement, updates D twice per step, on real and then on fake, generates
-its fakes in inference mode, starts as Keras does and has 1e-7 as Adam's eps.
+Differs from the text: the real images are MNIST's, in 実装例2 they are noise (erratum 5); the
+discriminator returns logits l, numbers before the sigmoid: D = sigmoid(l) (erratum 6); each update
+draws its own z (3.2 and 11.2 reuse one). --variant keras has the networks and constants of
+document 002, nothing else of it: 002 samples its batches with replacement, updates D twice per
+step, on real and then on fake, generates its fakes in inference mode, starts as Keras does and has
+1e-7 as Adam's eps.
 """
 
 import common  # before torch: Ctrl-C then leaves no traceback
@@ -30,9 +34,11 @@ import torch.nn.functional as F
 from torch import nn
 
 # ------------------------------------------------------------------------------- hyperparameters
-# Chapter 3's 3 epochs are 30 steps on noise; 50 show good samples. The 16 of keras are the 30,000
-# steps of 32 that document 002 calls epochs (erratum 12). points: ours, for --dataset gaussians,
-# ring and grid. An epoch is N // batch steps: a last, smaller batch is left out.
+# Chapter 3's 3 epochs are 30 steps on noise; the 50 are ours. The 16 of keras are the 30,000 steps
+# of 32 that document 002 calls epochs (erratum 12). points: ours, for --dataset gaussians, ring and
+# grid. An epoch is N // batch steps: a last, smaller batch is left out. Where the text names no
+# betas, they are Adam's defaults, 0.9 and 0.999. two-logit: 11.2.2 finds that D learns better than
+# G, so lr_d is smaller; there latent_dim is NoiseSize, batch_size MiniBatchSize, epochs MaxEpoch.
 CONSTANTS = {
     "bce": dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                 latent_dim=100, noise="normal", generator_loss="non-saturating"),
@@ -104,7 +110,7 @@ class KerasGenerator(nn.Sequential):
     """
 
     def __init__(self, latent_dim=100):
-        def block(inputs, outputs):     # Keras' momentum 0.8 is PyTorch's 0.2, its eps is 1e-3
+        def block(inputs, outputs):     # Keras' momentum 0.8 is PyTorch's 0.2; Keras' eps is 1e-3
             return (nn.Linear(inputs, outputs), nn.LeakyReLU(0.2),
                     nn.BatchNorm1d(outputs, eps=1e-3, momentum=0.2))
 
@@ -152,7 +158,7 @@ def generate_noise(count, args, device, rng=None):
 
 # ---------------------------------------------------------------------------------------- losses
 def discriminator_loss(real_logits, fake_logits):
-    """Half of Q (識別器のコスト関数), the mean of its terms as in 3.2; the logits are [N, 1]."""
+    """Half of Q (識別器のコスト関数, 11.1.1), as in 3.2; the logits are [N, 1]."""
     real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return (real + fake) / 2
@@ -209,7 +215,7 @@ def losses(variant, kind):
 
 
 # --------------------------------------------------------------------------------- training step
-# The steps of 11.2.1 and 実装例2. D first, then G: the order of the listings (erratum 22).
+# The steps of 11.2.1, 11.2.2 and 実装例2. D first, then G: the listings' order (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z, q, probability):
     """One step down Q (q); real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
 
@@ -223,14 +229,14 @@ def discriminator_step(generator, discriminator, optimizer, real, z, q, probabil
     loss.backward()
     optimizer.step()
     d_real, d_fake = probability(real_logits), probability(fake_logits)
-    # D is right: real above 0.5, fake not. acc_G counts fakes above 0.5, after this update, so it
-    # is about 1 - the second term (erratum 25).
+    # acc_D: the mean of the share of reals above 0.5 and of the share of fakes not above it. acc_G
+    # is the share of fakes above 0.5 after this update: about 1 - that second share (erratum 25).
     accuracy = ((d_real > 0.5).float().mean() + (d_fake <= 0.5).float().mean()) / 2
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 
 
 def generator_step(generator, discriminator, optimizer, z, p, probability):
-    """One step down P (p); z: [N, latent_dim]. Returns what to log."""
+    """One step down P (p; 11.2.1, 11.2.2, 実装例2); z: [N, latent_dim]. Returns what to log."""
     logits = discriminator(generator(z))
     loss = p(logits)
     optimizer.zero_grad()
@@ -255,7 +261,7 @@ def main(argv=None):
     q, p, probability = losses(args.variant, args.generator_loss)
     generator = make_generator(args.latent_dim).to(args.device)
     discriminator = make_discriminator().to(args.device)
-    betas = args.beta1, args.beta2
+    betas = args.beta1, args.beta2                  # fused=True: a faster Adam
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
@@ -270,12 +276,12 @@ def main(argv=None):
                     optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
-                # Discriminator: towards 1 for real, towards 0 for fake.
+                # Discriminator: its probability D towards 1 for real, towards 0 for fake.
                 real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
                                               q, probability))
-                # Generator: D's output for its samples towards 1.
+                # Generator: D of its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z, p, probability))
 

@@ -38,15 +38,15 @@ CONSTANTS = {
 
 # -------------------------------------------------------------------------------------- networks
 class Generator(nn.Sequential):
-    """実装例4 (生成器): z [N, latent_dim] -> images [N, channels, 28, 28] in [-1, 1].
+    """実装例4 (生成器, DCGANGenerator): z [N, latent_dim] -> images [N, channels, 28, 28].
 
-    856,065 parameters (erratum 1).
+    Images in [-1, 1]; 856,065 parameters (erratum 1).
     """
 
     def __init__(self, latent_dim=100, channels=1):
         super().__init__(
             nn.Linear(latent_dim, 128 * 7 * 7), nn.Unflatten(1, (128, 7, 7)),
-            nn.BatchNorm2d(128),
+            nn.BatchNorm2d(128),                            # no ReLU, as in the listing: erratum 21
             nn.Upsample(scale_factor=2),                                    # [N, 128, 14, 14]
             nn.Conv2d(128, 128, 3, stride=1, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Upsample(scale_factor=2),                                    # [N, 128, 28, 28]
@@ -55,7 +55,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """実装例4 (識別器): images [N, channels, 28, 28] -> logits [N, 1].
+    """実装例4 (識別器, DCGANDiscriminator): images [N, channels, 28, 28] -> logits [N, 1].
 
     98,113 parameters, with the last layer of erratum 2 (erratum 1).
     """
@@ -65,7 +65,7 @@ class Discriminator(nn.Sequential):
             layers = [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
                       nn.LeakyReLU(0.2), nn.Dropout2d(0.25)]
             if norm:
-                layers.append(nn.BatchNorm2d(outputs))
+                layers.append(nn.BatchNorm2d(outputs))      # last, as in the listing: erratum 21
             return layers
 
         super().__init__(
@@ -77,7 +77,7 @@ class Discriminator(nn.Sequential):
 
 
 def initialise(network):
-    """The DCGAN paper's start, for the 64x64 networks alone: 実装例4 has PyTorch's.
+    """The DCGAN paper's start, for the 64x64 networks; the 28x28 ones keep PyTorch's.
 
     Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code).
     """
@@ -196,11 +196,11 @@ def main(argv=None):
                     optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
-                # Discriminator: towards 1 for real, towards 0 for fake.
+                # Discriminator: its probability D towards 1 for real, towards 0 for fake.
                 real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(discriminator_step(generator, discriminator, optimizer_d, real, z))
-                # Generator: D's output for its samples towards 1.
+                # Generator: D of its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z))
 

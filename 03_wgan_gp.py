@@ -13,7 +13,7 @@ logged as W, estimates the Wasserstein distance (ワッサースタイン距離)
 
     python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
-    python 03_wgan_gp.py --dataset gaussians            the 8 Gaussians of 実装例3; also ring, grid
+    python 03_wgan_gp.py --dataset gaussians            8 Gaussians (実装例3's, halved), ring, grid
     python 03_wgan_gp.py --penalty autograd             the penalty as the text computes it
     python 03_wgan_gp.py --kernels reference            the penalty by PyTorch's operations alone
     python 03_wgan_gp.py --compare-kernels              check and time its fused kernel against them
@@ -22,8 +22,8 @@ Differs from the text: every critic step draws a real batch of its own (erratum 
 reads the data n_critic times; every step draws its own z (実装例5 reuses one). The epoch line shows
 means over the epoch (11.3.2 prints the last batch). --critic mlp computes the penalty in a faster
 way, explicit_terms; --penalty autograd is the text's way, gradient_penalty. --critic conv leaves
-out 実装例5's BatchNorm (erratum 3), has 11.3's betas (erratum 4) and trains on images, not on
-noise (erratum 5).
+out 実装例5's BatchNorm (erratum 3) and has 11.3's betas (erratum 4); its real images are MNIST's,
+not noise (erratum 5).
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -37,8 +37,9 @@ from torch import nn
 # makes 3 steps of 32). points: ours, for --dataset gaussians, ring and grid; with lambda = 10 or at
 # constant learning rates the samples do not settle on narrow modes. An epoch is N // batch
 # generator steps, each after n_critic critic steps; a last, smaller batch is left out. gp_weight is
-# lambda (11.3.2: GradientPenaltyCoefficient), n_critic 11.3.2's CriticLearningNumber, lr_d the
-# critic's rate; lr_decay=1.0: the rates fall to 0 over the whole training.
+# lambda (GradientPenaltyCoefficient in 11.3.2, lambda_gp in 実装例5), n_critic 11.3.2's
+# CriticLearningNumber, lr_d the critic's rate. lr_decay=1.0: the rates fall to 0 over the whole
+# training. ema_decay: samples come from a moving average of G.
 CONSTANTS = {
     "mlp": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,  # erratum 7
                 latent_dim=100, noise="uniform", gp_weight=10.0, n_critic=5, penalty="explicit"),
@@ -79,7 +80,7 @@ class Critic(nn.Module):
             nn.Linear(128, 1))
 
     def forward(self, x):
-        return self.model(x.flatten(1))                                             # [N, 784] in
+        return self.model(x.flatten(1))                                             # x as [N, 784]
 
 
 class ConvGenerator(nn.Sequential):
@@ -97,9 +98,9 @@ class ConvGenerator(nn.Sequential):
 
 
 class ConvCritic(nn.Sequential):
-    """実装例5 without its BatchNorm (erratum 3): images [N, 1, 28, 28] -> scores [N, 1].
+    """実装例5's WGANDiscriminator without its BatchNorm (erratum 3): images -> scores [N, 1].
 
-    97,665 parameters.
+    Images: [N, 1, 28, 28]. 97,665 parameters.
     """
 
     def __init__(self):
@@ -152,12 +153,13 @@ def generate_noise(count, args, device, rng=None):
 
 
 # ---------------------------------------------------------------------------------------- losses
-# 11.3.2 has the penalty in its loop, 実装例5 in a function.
+# 11.3.2's calculate_gradient_penalty and 実装例5's compute_gradient_penalty, without the factor
+# lambda, which 11.3.2's includes. epsilon is 実装例5's alpha.
 def gradient_penalty(critic, real, fake):
     """mean((||g||_2 - 1)^2) at x_hat (勾配ペナルティ) and the mean norm; real, fake: [N, ...]."""
-    # epsilon: one per sample, the same for all pixels of an image, [N, 1, 1, 1]
+    # epsilon: one number per sample; [N, 1, 1, 1] for images
     epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=real.device)
-    x_hat = torch.lerp(fake, real, epsilon)     # fake + epsilon (real - fake), as above
+    x_hat = torch.lerp(fake, real, epsilon)     # epsilon real + (1 - epsilon) fake
     x_hat.requires_grad_()                      # the gradient is wanted at the critic's input
     scores = critic(x_hat)
     gradients = torch.autograd.grad(
@@ -198,7 +200,7 @@ def critic_step(generator, critic, optimizer, real, z, gp_weight, explicit=False
 
 
 def generator_step(generator, critic, optimizer, z):
-    """One step down P; z: [N, latent_dim]. Returns what to log."""
+    """One step down P (11.3.2, 実装例5); z: [N, latent_dim]. Returns what to log."""
     loss = -critic(generator(z)).mean()                 # P
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; C is not updated
@@ -241,7 +243,7 @@ def main(argv=None):
                   choices=["mlp", "conv"])
     parser.option("--gp-weight", "lambda of the gradient penalty", metavar="X",
                   type=common.number(float, at_least=0))
-    parser.option("--penalty", "by second-order autograd, as in the text, or the same as a product",
+    parser.option("--penalty", "by second-order autograd, as in the text; or as a matrix product",
                   choices=["autograd", "explicit"])
     parser.option("--n-critic", "critic steps per generator step", metavar="N",
                   type=common.number(int, at_least=1))

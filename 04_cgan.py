@@ -32,7 +32,8 @@ import torch.nn.functional as F                                                 
 from torch import nn
 
 # ------------------------------------------------------------------------------- hyperparameters
-# All of 11.4.2. An epoch is N // batch generator steps, each after n_critic critic steps.
+# All of 11.4.2; the names are 03's. An epoch is N // batch generator steps, each after n_critic
+# critic steps; a last, smaller batch is left out.
 NUM_CLASSES, EMBED_DIM = 10, 64                                                         # 11.4
 CONSTANTS = {
     "cgan": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, # erratum 7
@@ -89,11 +90,12 @@ def generate_condition(count, device):                                          
 
 
 # ---------------------------------------------------------------------------------------- losses
+# 11.4.2's calculate_gradient_penalty, without its factor lambda.
 def gradient_penalty(critic, real, fake, c):                                            # 11.4
     """mean((||g||_2 - 1)^2) at x_hat (勾配ペナルティ) and the mean norm; real, fake: [N, ...]."""
-    # epsilon: one per sample, the same for all pixels of an image, [N, 1, 1, 1]
+    # epsilon: one number per sample; [N, 1, 1, 1] for images
     epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=real.device)
-    x_hat = torch.lerp(fake, real, epsilon)     # fake + epsilon (real - fake), as above
+    x_hat = torch.lerp(fake, real, epsilon)     # epsilon real + (1 - epsilon) fake
     x_hat.requires_grad_()                      # the gradient is wanted at the critic's input
     scores = critic(x_hat, c)                                                           # 11.4
     gradients = torch.autograd.grad(
@@ -116,6 +118,7 @@ def penalty_of(gradients):
 
 
 # --------------------------------------------------------------------------------- training step
+# The steps of 11.4.2.
 def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=False):   # 11.4
     """One step down Q; real: [N, 1, 28, 28], c: [N], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here
@@ -133,7 +136,7 @@ def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=Fa
 
 
 def generator_step(generator, critic, optimizer, z, c):                                 # 11.4
-    """One step down P; z: [N, latent_dim], c: [N]. Returns what to log."""
+    """One step down P (11.4.2); z: [N, latent_dim], c: [N]. Returns what to log."""
     loss = -critic(generator(z, c), c).mean()           # P, 11.4
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; C is not updated
@@ -153,7 +156,7 @@ def explicit_terms(critic, real, fake, c):                                      
     layer1, layer2, layer3, layer4 = critic.model[::3]  # between them LeakyReLU and Dropout
     dropout, n = critic.model[2], len(real)
     w1, w_label = layer1.weight.split([784, EMBED_DIM], dim=1)                          # 11.4
-    label = F.linear(critic.label_embedding(c), w_label, layer1.bias)   # and b1          11.4
+    label = F.linear(critic.label_embedding(c), w_label, layer1.bias)   # W_label c + b1, 11.4
     a = F.linear(torch.cat([real, fake]).flatten(1), w1) + label.repeat(2, 1)   # [2N, 128], 11.4
     scores = critic.model[1:](a)                        # [2N, 1]
 
@@ -176,7 +179,7 @@ def main(argv=None):
     parser = common.Parser(__file__, __doc__, CONSTANTS, kernels="critic")
     parser.option("--gp-weight", "lambda of the gradient penalty", metavar="X",
                   type=common.number(float, at_least=0))
-    parser.option("--penalty", "by second-order autograd, as in the text, or the same as a product",
+    parser.option("--penalty", "by second-order autograd, as in the text; or as a matrix product",
                   choices=["autograd", "explicit"])
     parser.option("--n-critic", "critic steps per generator step", metavar="N",
                   type=common.number(int, at_least=1))

@@ -1,10 +1,12 @@
-"""Spectral normalisation (スペクトル正規化), label smoothing and the text's other remedies.
+"""Spectral normalisation, label smoothing and the text's other remedies.
 
 Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cures (原因と対策) of
 3.2, 演習問題2 and 3; chapter 11, 11.2.1 (real labels from 0.8 to 1.2).
 
     W <- W / sigma(W),  sigma(W) = max_h ||W h|| / ||h||    スペクトルノルム (arXiv 1802.05957): the
-                                                            largest singular value (最大特異値) of W
+                                                            largest singular value (最大特異値),
+                                                            found by power iteration: one step per
+                                                            forward pass in training (演習問題3)
     L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2         BCE(D, t) = -t log D - (1 - t) log(1 - D)
     L_G = mean(BCE(D(G(z)), 1))                             non-saturating, never smoothed
 
@@ -15,7 +17,7 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
                       random                 a ~ U(0.8, 1.2) per sample, b = 0    11.2.1
     --minibatch-discrimination on | off      D sees how close the samples of its batch are
     --ttur on | off                          two learning rates: 4e-4 for D, 1e-4 for G
-    --n-critic N                             N updates of D for one of G
+    --n-critic N                             N updates of D for one of G (演習問題2's D_steps)
 
     python 05_sn_label_smoothing.py                         spectral normalisation, no other cure
     python 05_sn_label_smoothing.py --spectral-norm off     all off: the loss of 02, another D
@@ -23,8 +25,9 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
 
 At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
 (erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further
-(erratum 32). Differs from the text: spectral_norm is the parametrization (erratum 33); TTUR means
-learning rates (erratum 35); random labels may make L_D negative.
+(erratum 32). Differs from the text: 実装例6 has a discriminator alone, so G is 実装例4's and the
+step is 3.2's, with its own z for each update; spectral_norm is the parametrization (erratum 33);
+TTUR means learning rates (erratum 35); random labels may make L_D negative.
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -39,7 +42,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 # ------------------------------------------------------------------------------- hyperparameters
 # The constants of 02 and, for points, of 01. For images D is 実装例6's, not 02's: to see what one
-# cure does, compare two runs of this script, not one with a run of 02.
+# cure does, compare two runs of this script, not one with a run of 02. An epoch is N // batch
+# steps of G, each after n_critic of D; a last, smaller batch is left out.
 CONSTANTS = {
     "dcgan": dict(epochs=5, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, spectral_norm="on", label_smoothing="none",
@@ -70,9 +74,9 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """実装例6 (識別器): images [N, 1, 28, 28] -> logits [N, 1]; 2,755,009 parameters (erratum 30).
+    """実装例6 (識別器, SpectralNormDiscriminator): images [N, 1, 28, 28] -> logits [N, 1].
 
-    normalise: spectral_norm, or nn.Identity() for none.
+    2,755,009 parameters (erratum 30). normalise: spectral_norm, or nn.Identity() for none.
     """
 
     def __init__(self, normalise=spectral_norm, minibatch=False):
@@ -111,7 +115,7 @@ class PointsDiscriminator(nn.Sequential):
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Features f [N, A] -> [N, A + ROWS]: appended is how close a sample is to the others.
+    """Features f [N, A] -> [N, A + ROWS]: each sample gets ROWS numbers: how close the others are.
 
     arXiv 1606.03498, 3.2: M = T(f) has ROWS rows of ROW_DIM numbers, and for sample i and row b
     o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums over j; the mean differs by a factor
@@ -151,7 +155,7 @@ def generate_noise(count, args, device, rng=None):
 def spectral_table(discriminator):
     """Per layer of D, by its name: three numbers that differ (erratum 31).
 
-    実装例6 prints the third and calls it the first.
+    実装例6 prints frobenius and calls it the spectral norm.
 
     sigma: the true largest singular value of the weight in use;
     estimate: by power iteration, of the weight as trained; None without spectral_norm;
@@ -176,12 +180,12 @@ def spectral_table(discriminator):
 # ---------------------------------------------------------------------------------------- losses
 def discriminator_loss(real_logits, fake_logits, smoothing):
     """L_D with the labels (正解ラベル; 3.4, 11.2.1) of `smoothing`; the logits are [N, 1]."""
-    low, high, fake_label = LABELS[smoothing]
+    low, high, b = LABELS[smoothing]
     real_label = torch.full_like(real_logits, low)
     if low < high:
-        real_label.uniform_(low, high)          # logits take labels above 1: erratum 23
+        real_label.uniform_(low, high)          # BCE of logits takes labels above 1: erratum 23
     real = F.binary_cross_entropy_with_logits(real_logits, real_label)
-    fake_label = torch.full_like(fake_logits, fake_label)
+    fake_label = torch.full_like(fake_logits, b)
     fake = F.binary_cross_entropy_with_logits(fake_logits, fake_label)
     return (real + fake) / 2
 
@@ -243,7 +247,7 @@ def main(argv=None):
     layout = dict(device=args.device, memory_format=torch.channels_last)    # faster convolutions
     generator = make_generator(args.latent_dim).to(**layout)
     discriminator = make_discriminator(normalise, minibatch).to(**layout)
-    betas = args.beta1, args.beta2
+    betas = args.beta1, args.beta2                  # fused=True: a faster Adam
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
@@ -261,13 +265,13 @@ def main(argv=None):
                     optimizer_d=optimizer_d) as run:
         for batches in run.epochs():
             for _ in run.steps():
-                # Discriminator, n_critic times: towards a for real, towards b for fake.
+                # Discriminator, n_critic times: D towards a for real, towards b for fake.
                 for _ in range(args.n_critic):
                     real, _ = next(batches)
                     z = generate_noise(args.batch_size, args, args.device)
                     run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
                                                   args.label_smoothing))
-                # Generator: D's output for its samples towards 1.
+                # Generator: D of its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z))
             table = spectral_table(discriminator)

@@ -1,4 +1,4 @@
-"""StyleGAN: a style from the mapping network (マッピングネットワーク) enters at every resolution.
+"""StyleGAN: a style from the mapping network enters at every resolution.
 
 Text: chapter 3, section 3.5 (実装例7), 演習問題4.
 
@@ -7,11 +7,12 @@ Text: chapter 3, section 3.5 (実装例7), 演習問題4.
                                                         mu, sigma: per channel of each sample
     x <- LeakyReLU(AdaIN(conv(x) + strength noise, w))  twice per block, the order of the listing
     L_D = mean(softplus(D(G(z))) + softplus(-D(x))) + r1_weight / 2 mean(||grad_x D(x)||^2)
-    L_G = mean(softplus(-D(G(z))))                      softplus(-l) = -log sigmoid(l), as in 01
-                                                        D: here the logit l; in the log sigmoid(l)
-                                                        L_D: a sum, twice 02's without the penalty
+    L_G = mean(softplus(-D(G(z))))                      D: here the logit l, no probability;
+                                                        softplus(-l) = -log sigmoid(l): L_G of 02;
+                                                        L_D: the sum of two terms, 02's their mean;
+                                                        the epoch line has sigmoid(l) as D
 
-    python 06_stylegan_blocks.py                        MNIST at 32x32, thin enough for a CPU
+    python 06_stylegan_blocks.py                        MNIST at 32x32, few channels, for a CPU
     python 06_stylegan_blocks.py --width 256 --latent-dim 512   the text's: block 128 -> 64, 8 x 512
     python 06_stylegan_blocks.py --image-size 64 --channels 3 --dataset folder --data-dir DIR
                                                         your own images
@@ -20,8 +21,9 @@ Text: chapter 3, section 3.5 (実装例7), 演習問題4.
 
 The text has the mapping network and one block. We add: the generator and discriminator around the
 block, the loss and the growing, after ProGAN (arXiv 1710.10196) and StyleGAN (arXiv 1812.04948).
-Differs from the text: the styles act from the start (erratum 38); separate noise per layer,
-strengths start at 0.1 (erratum 37); the mapping network ends with a BatchNorm.
+Differs from the text: z is normalised, weights are scaled at run time, AdaIN has 1 + scale, so that
+the styles act from the start (erratum 38); separate noise per layer, strengths start at 0.1
+(erratum 37); the mapping network ends with a BatchNorm.
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -35,11 +37,12 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 # ------------------------------------------------------------------------------- hyperparameters
-# StyleGAN's are the betas, the mapping network's rate and, nearly, the half-life of the moving
+# From StyleGAN: the betas, the mapping network's rate and, nearly, the half-life of the moving
 # average of G that is sampled (ema_decay): 346 steps or 11,000 images, there 10,000. The rest is
 # ours: of what we tried, it gave the most varied digits (docs/results.md). In short trainings G
 # learned more slowly with the text's 512 latent dimensions. With a faster mapping network w keeps
-# only one or two of its dimensions.
+# only one or two of its dimensions. An epoch is N // batch steps; a last, smaller batch is left
+# out.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0.0, beta2=0.99,
                      latent_dim=128, image_size=32, channels=1, width=64, progressive="on",
@@ -65,7 +68,8 @@ class Scale(nn.Module):
 def scaled(layer, gain=2**0.5):
     """Runtime weight scaling (ProGAN, 4.1).
 
-    Weights start from N(0, 1) and are used times gain / sqrt(inputs of a neuron).
+    Weights start from N(0, 1); the layer uses them times gain / sqrt(inputs of a neuron). A gain of
+    sqrt(2) makes up for LeakyReLU; it is 1 where none follows.
     """
     nn.init.normal_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -81,8 +85,8 @@ class MappingNetwork(nn.Sequential):
         for _ in range(num_layers):
             layers += [scaled(nn.Linear(latent_dim, latent_dim)), nn.LeakyReLU(0.2)]
         # Ours. LeakyReLU's outputs have a positive mean: after eight of them the w of different z
-        # correlate by 0.7. A step of Adam changes most of all what all styles share, so that every
-        # z gives the same image. BatchNorm removes what all w share: w has mean 0, deviation 1.
+        # have a cosine similarity of 0.7. A step of Adam then changes mostly what all w share,
+        # until every z gives the same image. BatchNorm subtracts that: w has mean 0, deviation 1.
         layers.append(nn.BatchNorm1d(latent_dim, affine=False))
         super().__init__(*layers)
 
@@ -99,7 +103,7 @@ def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_aft
 
     x: [N, C, H, W]; scale (with its "1 +"), bias: [N, C]; noise: [N or 1, 1, H, W], its strength
     [1] or [C]. A slope of 1 is no LeakyReLU. The listing has one after the normalisation, which is
-    all that this script uses; StyleGAN has it before, slope_before (erratum 36).
+    all that this script uses; StyleGAN has it before, slope_before (erratum 36), for your trials.
     """
     if noise is not None:
         x = x + strength[:, None, None] * noise     # [N, C, H, W]: one map for all channels
@@ -112,8 +116,8 @@ def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_aft
 class AdaptiveInstanceNorm(nn.Module):
     """実装例7 (AdaIN層): x [N, C, H, W] normalised, then scale and bias from w [N, w_dim].
 
-    The listing's block adds the noise before it and applies LeakyReLU after it; here adain does
-    both, so that one kernel can.
+    The listing's block adds the noise before it and applies LeakyReLU after it; here the function
+    adain does both, because one fused kernel can then compute all three.
     """
 
     def __init__(self, num_features, w_dim=512):
@@ -163,16 +167,17 @@ class Generator(nn.Module):
 
     def __init__(self, latent_dim, image_size, channels, width):
         super().__init__()
-        sizes = channels_at(image_size, width)
+        widths = channels_at(image_size, width)     # [channels at 4x4, at 8x8, ...]
         self.mapping = MappingNetwork(latent_dim)
         self.constant = nn.Parameter(torch.randn(1, width, 4, 4))   # 演習問題4's constant_input
         blocks, inputs = [], width
-        for outputs in sizes:
+        for outputs in widths:
             blocks.append(StyleGANGeneratorBlock(inputs, outputs, latent_dim))
             inputs = outputs
         self.blocks = nn.ModuleList(blocks)
-        self.to_rgb = nn.ModuleList(scaled(nn.Conv2d(size, channels, 1), gain=1) for size in sizes)
-        self.image_size, self.level = image_size, float(len(sizes) - 1)
+        self.to_rgb = nn.ModuleList(                # features -> image, at each resolution
+            scaled(nn.Conv2d(inputs, channels, 1), gain=1) for inputs in widths)
+        self.image_size, self.level = image_size, float(len(widths) - 1)
 
     def get_extra_state(self):
         return torch.tensor(self.level, dtype=torch.float64)    # a checkpoint holds the level, too
@@ -215,23 +220,24 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size, channels, width):
         super().__init__()
-        sizes = channels_at(image_size, width)      # [channels at 4x4, at 8x8, ...]
+        widths = channels_at(image_size, width)
 
-        def block(i, o):
-            return nn.Sequential(scaled(nn.Conv2d(i, i, 3, padding=1)), nn.LeakyReLU(0.2),
-                                 scaled(nn.Conv2d(i, o, 3, padding=1)), nn.LeakyReLU(0.2),
-                                 nn.AvgPool2d(2))
+        def block(inputs, outputs):
+            return nn.Sequential(
+                scaled(nn.Conv2d(inputs, inputs, 3, padding=1)), nn.LeakyReLU(0.2),
+                scaled(nn.Conv2d(inputs, outputs, 3, padding=1)), nn.LeakyReLU(0.2),
+                nn.AvgPool2d(2))
 
-        self.from_rgb = nn.ModuleList(
-            nn.Sequential(scaled(nn.Conv2d(channels, size, 1)), nn.LeakyReLU(0.2))
-            for size in sizes)
+        self.from_rgb = nn.ModuleList(              # image -> features, at each resolution
+            nn.Sequential(scaled(nn.Conv2d(channels, outputs, 1)), nn.LeakyReLU(0.2))
+            for outputs in widths)
         # Block k leads from 8 * 2^k pixels down to 4 * 2^k.
-        self.blocks = nn.ModuleList(block(sizes[k + 1], sizes[k]) for k in range(len(sizes) - 1))
+        self.blocks = nn.ModuleList(block(widths[k + 1], widths[k]) for k in range(len(widths) - 1))
         self.last = nn.Sequential(
             scaled(nn.Conv2d(width + 1, width, 3, padding=1)), nn.LeakyReLU(0.2), nn.Flatten(),
             scaled(nn.Linear(width * 4 * 4, width)), nn.LeakyReLU(0.2),
             scaled(nn.Linear(width, 1), gain=1))
-        self.level = float(len(sizes) - 1)
+        self.level = float(len(widths) - 1)
 
     def forward(self, image):
         top = math.ceil(self.level)
@@ -240,7 +246,7 @@ class Discriminator(nn.Module):
         for k in reversed(range(top)):
             x = self.blocks[k](x)                   # [N, C, 4 * 2^k, 4 * 2^k]
             if k == top - 1 and self.level < top:
-                coarse = self.from_rgb[k](F.avg_pool2d(image, 2))
+                coarse = self.from_rgb[k](F.avg_pool2d(image, 2))   # fade-in, as in the generator
                 x = torch.lerp(coarse, x, self.level - top + 1)
         # Minibatch deviation, ProGAN, 3: one number for the batch, as one more channel.
         deviation = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
@@ -250,7 +256,8 @@ class Discriminator(nn.Module):
 def level_at(progress, top):
     """The level at training fraction `progress` (Progressive Growing of 3.5's table).
 
-    Each resolution is trained for a while, then the next one fades in.
+    During the first half of a stage the level stands still; in the second the next resolution fades
+    in.
     """
     stage, part = divmod(progress / GROWTH * top, 1)
     return min(stage + max(0.0, 2 * part - 1), top)
@@ -286,6 +293,8 @@ def generator_loss(fake_logits):
 
 def r1_penalty(real_logits, real):
     """R1 (arXiv 1801.04406): mean ||grad_x D(x)||^2; the images must require gradients."""
+    # The sum, as in 03. The minibatch deviation lets a logit depend on the other samples a little,
+    # so that this is R1 only nearly.
     gradient = torch.autograd.grad(real_logits.sum(), real, create_graph=True)[0]
     return gradient.square().sum((1, 2, 3)).mean()
 
@@ -336,7 +345,7 @@ def mix(generator, z_a, z_b, crossing):
     """演習問題4 (erratum 41): images [B, A, C, S, S] under two styles each.
 
     Blocks before number `crossing` have the style of z_a [A, latent_dim], the others that of
-    z_b [B, latent_dim].
+    z_b [B, latent_dim]. The exercise's own, B from 16x16 on, is crossing 2.
     """
     w_a = generator.styles(z_a)[None]               # [1, A, blocks, latent_dim]
     w_b = generator.styles(z_b)[:, None]            # [B, 1, blocks, latent_dim]
@@ -455,12 +464,12 @@ def main(argv=None):
                 if args.progressive == "on":
                     progress = (run.step + 1) / (args.epochs * run.steps_per_epoch)
                     generator.level = discriminator.level = level_at(progress, top)
-                # Discriminator: towards 1 for real, towards 0 for fake.
+                # Discriminator: D towards 1 for real, towards 0 for fake.
                 real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
                                               args.style_mixing_prob, args.r1_weight))
-                # Generator: D's output for its samples towards 1.
+                # Generator: D of its samples towards 1.
                 z = generate_noise(args.batch_size, args, args.device)
                 run.record(generator_step(generator, discriminator, optimizer_g, z,
                                           args.style_mixing_prob))

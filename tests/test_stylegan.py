@@ -85,7 +85,7 @@ def test_mapping_network(module):
 
 
 def test_w_of_different_z_differ(module):
-    """Without the BatchNorm their correlation is about 0.7; with it w has mean 0 and deviation 1, in eval mode from running values."""
+    """Without the BatchNorm their cosine similarity is about 0.7; with it w has mean 0 and deviation 1, in eval mode from running values."""
     torch.manual_seed(0)
     network, z = module.MappingNetwork(64), torch.randn(512, 64)
     with torch.no_grad():
