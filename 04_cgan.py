@@ -90,8 +90,7 @@ def generate_condition(count, device):                                          
 
 
 # ---------------------------------------------------------------------------------------- losses
-# 11.4.2's calculate_gradient_penalty, without its factor lambda.
-def gradient_penalty(critic, real, fake, c):                                            # 11.4
+def gradient_penalty(critic, real, fake, c):                                          # 11.4.2
     """mean((||g||_2 - 1)^2) at x_hat (勾配ペナルティ) and the mean norm; real, fake: [N, ...]."""
     # epsilon: one number per sample; [N, 1, 1, 1] for images
     epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=real.device)
@@ -118,8 +117,7 @@ def penalty_of(gradients):
 
 
 # --------------------------------------------------------------------------------- training step
-# The steps of 11.4.2.
-def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=False):   # 11.4
+def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=False): # 11.4.2
     """One step down Q; real: [N, 1, 28, 28], c: [N], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z, c)                          # of the classes of the real batch, 11.4

@@ -257,7 +257,8 @@ def main(argv=None):
     loss_d = -((a + b) * math.log(d) + (2 - a - b) * math.log(1 - d)) / 2
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {f"equilibrium {d}": d}),
              ("loss", ["loss_D", "loss_G"],
-              {"equilibrium of D": loss_d, "equilibrium of G": -math.log(d)}),
+              {f"equilibrium of D {loss_d:.3f}": loss_d,
+               f"equilibrium of G {-math.log(d):.3f}": -math.log(d)}),
              ("largest singular value", ["sigma"],
               {"normalised: 1": 1} if args.spectral_norm == "on" else {})]
     with common.Run(args, data, generate_noise, plots, generator=generator,

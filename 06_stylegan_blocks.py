@@ -386,7 +386,7 @@ def draw_style_mixing(pipeline, path):
     for crossing in crossings:
         rows = torch.cat([b[:, None], mix(generator, z_a, z_b, crossing)], 1)   # [5, 8, C, S, S]
         last, size = 2 * 2**crossing, 4 * 2**crossing
-        title = f"A to {last}x{last}, B from {size}x{size} on"
+        title = f"A (top) to {last}x{last}, B (left) from {size}x{size} on"
         panels[title] = torch.cat([top, rows.flatten(0, 1)]).cpu(), 8
     common.save_panels(panels, path)
 

@@ -820,7 +820,7 @@ class Run:
             fail(f"--resume: {self.args.resume} has no whole place in a training: it is a best.pt, damaged, "
                  f"or of an older version ({type(error).__name__})")
         if self.epoch >= self.args.epochs:
-            fail(f"--resume: the run is complete after {self.epoch} epochs; a larger --epochs trains on")
+            fail(f"--resume: {self.args.resume} is complete after {self.epoch} epochs; a larger --epochs trains on")
 
 
 def largest_of_ranks(wish):
@@ -1663,8 +1663,12 @@ def save_curves(history, plots, path):
         values = np.array([row[name] for row in history for name in names if row.get(name) is not None] or [0])
         median = np.median(np.abs(values))
         if np.abs(values).max() > 20 * median > 0:
-            linear = {} if values.min() > 0 else {"linthresh": 10 ** math.ceil(math.log10(median))}  # around 0
-            axes.set_yscale("symlog" if linear else "log", **linear)
+            if values.min() > 0:
+                axes.set_yscale("log")
+            else:  # linear around 0
+                axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(median)), subs=[2, 5])
+                axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

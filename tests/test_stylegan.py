@@ -457,7 +457,8 @@ def test_layout_of_the_style_pictures(module, generator, monkeypatch, tmp_path):
     mixing, truncation, noise = drawn
     z = pipeline.noise(12)
     own = pipeline(z, torch.zeros(12))
-    assert list(mixing) == ["A to 4x4, B from 8x8 on", "A to 8x8, B from 16x16 on", "A to 16x16, B from 32x32 on"]
+    assert list(mixing) == ["A (top) to 4x4, B (left) from 8x8 on", "A (top) to 8x8, B (left) from 16x16 on",
+                            "A (top) to 16x16, B (left) from 32x32 on"]
     for crossing, (images, columns) in enumerate(mixing.values(), start=1):
         grid = images.unflatten(0, (6, columns))
         assert columns == 8 and (grid[0, 0] == 1).all()
