@@ -18,7 +18,6 @@ import datetime
 import functools
 import gzip
 import hashlib
-import http.client
 import importlib.metadata
 import inspect
 import io
@@ -27,7 +26,6 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shlex
 import shutil
@@ -62,7 +60,7 @@ from csrc.ops import fused  # noqa: F401  for the scripts
 
 # Under torchrun this process is one of RANKS that train together, each on its share of the data and of the batch.
 # The first, rank 0, speaks and writes for all.
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+RANKS = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 RANK = int(os.environ.get("RANK", "0")) if RANKS > 1 else 0
 
 # ---------------------------------------------------------------------------------------------
@@ -70,7 +68,8 @@ RANK = int(os.environ.get("RANK", "0")) if RANKS > 1 else 0
 # ---------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
-                ema_decay=0, lr_decay=0, eval_interval=None, max_batches=None, run=None, resume=None, classes=0)
+                ema_decay=0, lr_decay=0, eval_interval=None, sample_interval=None, max_batches=None, run=None, resume=None,
+                classes=0)
 GROUPS = {"training": "training", "data": "data", "output": "output and scores", "kernels": "fused kernels",
           "drawing": "drawing from a run, with --from"}
 
@@ -207,17 +206,16 @@ FLAGS = {  # of every script: group, help, what argparse is told of its value
     "--lr-decay": ("training", "share of the training, at its end, in which the learning rates fall to 0",
                    dict(type=number(float, at_least=0, at_most=1), metavar="X")),
     "--latent-dim": ("training", "numbers in one latent vector z", SIZE),
-    "--seed": ("training", "seed of all random numbers", dict(type=number(int, at_least=0, below=2**63), metavar="N")),
+    "--seed": ("training", "seed of all random numbers", dict(type=number(int, at_least=0, below=2**32), metavar="N")),
     "--device": ("training", "where to compute", dict(choices=["auto", "cpu", "cuda", "mps"])),
     "--max-batches": ("data", "at most N generator steps per epoch, for a quick look", COUNT),
-    "--sample-interval": ("output", "epochs between sample pictures and checkpoints (default: a twentieth of the run)",
-                          COUNT),
+    "--sample-interval": ("output", "epochs between sample pictures (default: a twentieth of the run)", COUNT),
     "--eval-interval": ("output", ("epochs between scores; mnist, fashion-mnist and digits then hold out every sixth "
                                    "training image to choose best.pt. 0: no scores (default: scores at the end)"),
                         dict(type=number(int, at_least=0), metavar="N")),
     "--ema-decay": ("output", "sample from a moving average of the generator, which keeps this much per step", DECAY),
     "--evaluate": ("drawing", "score it", SWITCH),
-    "--generate": ("drawing", "a picture of N samples (default: 64)", SIZE),
+    "--generate": ("drawing", "a picture of N samples, of several classes in whole rows (default: 64)", SIZE),
     "--interpolate": ("drawing", "paths between latent vectors", SWITCH),
     "--explore": ("drawing", "move latent dimension DIM by -3 to 3", dict(type=number(int, at_least=0), metavar="DIM")),
 }
@@ -225,12 +223,9 @@ FLAGS = {  # of every script: group, help, what argparse is told of its value
 
 def fits(action, value):
     """Whether a value from a checkpoint is one that its flag could have given."""
-    try:
-        parsed = action.type(str(value)) if action.type else value
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-    chosen = not action.choices or parsed in action.choices
-    return parsed == value and chosen and (action.type or isinstance(value, str))
+    with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+        parsed = (action.type or str)(str(value))
+        return parsed == value and (not action.choices or parsed in action.choices)
 
 
 class Parser(argparse.ArgumentParser):
@@ -303,7 +298,6 @@ class Parser(argparse.ArgumentParser):
             fail("--compare-kernels compares fused kernels with the reference; leave out --kernels")
         row = given.setdefault("variant", "points" if dataset in MIXTURES else next(iter(self.constants)))
         options = {"script": Path(self.prog).stem, **self.defaults, **self.constants[row], **given}
-        options.setdefault("sample_interval", max(1, options["epochs"] // 20))
         return argparse.Namespace(**options)
 
     def _read(self, flag, path):
@@ -336,6 +330,8 @@ class Parser(argparse.ArgumentParser):
     def _options_to_resume(self, given):
         folder, script = Path(given.get("output_dir", DEFAULTS["output_dir"])), Path(self.prog).stem
         found = sorted(folder.glob(f"{script}-*/checkpoint.pt"), key=os.path.getmtime)
+        if given["resume"] and "output_dir" in given:
+            fail("--resume RUN goes on in the folder of that run; leave out --output-dir")
         if not (given["resume"] or found):
             fail(f"--resume: there is no run of {script} in {folder}: name it, or say where it lies with --output-dir")
         options, path = self._read("--resume", given.pop("resume") or found[-1])
@@ -344,8 +340,10 @@ class Parser(argparse.ArgumentParser):
         here = {**given, "threads": torch.get_num_threads(), "ranks": RANKS}
         for name, value in here.items():
             if options.get(name) != value != "auto" and name not in ("epochs", "output_dir", "data_dir"):
-                fail(f"--resume: {name.replace('_', '-')} {value} is not the run's, which has {options.get(name)}: "
-                     "a run goes on as it was" + f"; set OMP_NUM_THREADS={options.get(name)}" * (name == "threads"))
+                advice = {"threads": f"; set OMP_NUM_THREADS={options.get(name)}",
+                          "ranks": f"; torchrun --nproc-per-node {options.get(name)} starts as many processes"}
+                fail(f"--resume: {name if name in advice else self._flag(name)} {value} is not the run's, which has "
+                     f"{options.get(name)}: a run goes on as it was{advice.get(name, '')}")
         if given.get("epochs", options["epochs"]) < options["epochs"]:
             fail(f"--resume: --epochs {given['epochs']} is less than the run's {options['epochs']}")
         moved = {name: given[name] for name in ("epochs", "data_dir") if name in given}
@@ -401,7 +399,7 @@ def prepare(args):
     if RANKS > 1 and not RANK:
         distributed.barrier()
     args.dataset, args.threads, args.ranks = data.name, torch.get_num_threads(), RANKS
-    digest = zlib.crc32(data.samples.cpu().numpy())
+    digest = data.digest(args.classes)
     if largest_of_ranks(digest) != digest:
         fail("the processes have found different data")
     if args.resume and args.digest != digest:
@@ -497,12 +495,15 @@ class Dropout(nn.Module):
 
 
 @torch.no_grad()
-def update_average(average, generator, decay):
-    """average <- decay average + (1 - decay) generator, buffers included (ProGAN, arXiv 1710.10196, appendix A)."""
-    new = generator.state_dict()
+def update_average(average, generator, decay, step):
+    """The mean of the generators after steps 1 to `step`, each weighing `decay` of the next; buffers included.
+
+    ProGAN's average (arXiv 1710.10196, appendix A) without the share of the untrained generator, as Adam corrects its own.
+    """
+    new, share = generator.state_dict(), (1 - decay) / (1 - decay**step)
     for name, value in itertools.chain(average.named_parameters(), average.named_buffers()):
         if value.is_floating_point():
-            new[name] = torch.lerp(value, new[name], 1 - decay)
+            new[name] = torch.lerp(value, new[name], share)
     average.load_state_dict(new)  # counters and 06's level as they are
 
 
@@ -539,7 +540,8 @@ class Run:
         self.rates = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
         self.steps_per_epoch = min(len(data.samples) // args.batch_size, args.max_batches or sys.maxsize)
         if RANKS > 1:  # all have the same weights; from here on each draws random numbers of its own
-            torch.manual_seed(args.seed + RANK)
+            if RANK:  # rank 0 goes on with the numbers that follow those of the weights
+                torch.manual_seed((args.seed + RANK * 0x9E3779B9) % 2**32)
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
         self.scorer = make_scorer(args) if args.eval_interval != 0 and not RANK else None
@@ -656,7 +658,7 @@ class Run:
             yield
             self.step += 1
             if "average" in self.state:
-                update_average(self.state["average"], self.state["generator"], self.args.ema_decay)
+                update_average(self.state["average"], self.state["generator"], self.args.ema_decay, self.step)
             self.bar.update()
             if self.step % self.CHECK_STEPS == 0:
                 self._check()
@@ -696,7 +698,7 @@ class Run:
                  f"(the last good checkpoint, of step {self.step_saved}, is in {self.folder})", code=1)
         for name, value in means.items():
             if 1e6 < self.large.get(name, 0) < abs(value):
-                self._print(f"warning {name} is {value:.3g} and growing in step {self.step}; {advice}")
+                tqdm.write(f"warning {name} is {value:.3g} and growing in step {self.step}; {advice}")
                 self.large[name] = math.inf  # once
             self.large[name] = max(abs(value), self.large.get(name, 0))
 
@@ -713,9 +715,9 @@ class Run:
             return
         values = "  ".join(f"{name} {value:9.4f}" for name, value in row.items())
         epochs = self.args.epochs
-        self._print(f"epoch {self.epoch:{len(str(epochs))}d}/{epochs}  {values}  {self.seconds:7.2f} s")
+        tqdm.write(f"epoch {self.epoch:{len(str(epochs))}d}/{epochs}  {values}  {self.seconds:7.2f} s")
         self._save_log()
-        if self._due(self.args.sample_interval):
+        if self._due(self.args.sample_interval or max(1, self.args.epochs // 20)):
             self._picture()
             self._curves()
         if self.epoch == self.args.epochs:
@@ -732,7 +734,7 @@ class Run:
         self.history[-1] |= scores
         self._save_log()
         if self.epoch < self.args.epochs:  # else the table follows
-            self._print("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
+            tqdm.write("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
                                                if scores.get(name) is not None))
         best = self.scores.get("best.pt", {"FD_held_out": math.inf})
         if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
@@ -740,10 +742,6 @@ class Run:
             write_whole(self.folder / "best.pt", packed(self._content()))
         save_scores(self.scorer, self.args.seed, self.scores, self.folder / "metrics.json")
         self._curves()
-
-    def _print(self, line):
-        tqdm.write(line)
-        sys.stdout.flush()
 
     def _curves(self):
         """curves.png, with the scores once there are two of them."""
@@ -917,7 +915,8 @@ def sample_run(make_generator, shape, draw_noise, args, styles=None):
         wishes |= {name: functools.partial(draw, pipeline) for name, draw in styles.items()}
     for name, draw in wishes.items():
         label = "" if args.label is None else f"-class{args.label}"
-        path = run.parent / "samples" / f"{name}{label}-seed{args.seed}.png"
+        file = "" if run.name == "checkpoint.pt" else f"-{run.stem}"
+        path = run.parent / "samples" / f"{name}{label}-seed{args.seed}{file}.png"
         with written(path, code=2):
             path.parent.mkdir(exist_ok=True)
         draw(path=path)
@@ -947,9 +946,12 @@ def evaluate_run(pipeline, path):
     files = [path] + [path.with_name("best.pt")] * (whole and path.with_name("best.pt").exists())
     for file in files:  # a damaged one is refused before the work begins
         load_generator(pipeline.generator, file, pipeline.device)
-    scorer = make_scorer(pipeline.args)
+    args = pipeline.args
+    scorer = make_scorer(args)
     if not scorer:
         fail(f"--evaluate: {NO_SCORES}")
+    if args.dataset in MIXTURES and args.digest != load_data(args.dataset, args.data_dir).digest():
+        fail(f"--evaluate: {args.dataset} is not what the run was trained on: {path} is of an older version")
     scores = {file.name: {"epoch": load_generator(pipeline.generator, file, pipeline.device), **scorer(pipeline)}
               for file in files}
     show_scores(scorer, scores)
@@ -1046,6 +1048,11 @@ class Data(NamedTuple):
         chosen = self.samples[index]
         return chosen.float().div_(127.5).sub_(1) if chosen.dtype == torch.uint8 else chosen
 
+    def digest(self, classes=0):
+        """A checksum by which a run knows its data again; of the labels, too, where there are classes."""
+        digest = zlib.crc32(self.samples.cpu().numpy())
+        return zlib.crc32(self.labels.cpu().numpy(), digest) if classes else digest
+
     def batches(self, batch_size):
         """Endless (samples, labels) batches; shuffled anew when fewer than a batch are left."""
         return Batches(self, batch_size)
@@ -1108,29 +1115,26 @@ def load_data(name, data_dir, split="train", device="cpu", image_size=28, channe
 
 def download(kind, data_dir):
     """Fetch a torchvision data set into `data_dir`; return what went wrong, or None."""
-    answers = queue.SimpleQueue()
-
     def probe(mirror):
-        try:
+        with contextlib.suppress(Exception):  # whatever a server's answer leads to
             address = mirror + kind.resources[0][0]
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3).close()
-            answers.put(mirror)
-        except (OSError, ValueError, http.client.HTTPException):
-            answers.put(None)
+            answered.append(mirror)
 
-    for mirror in kind.mirrors:  # threads: looking up a name knows no time limit
-        threading.Thread(target=probe, args=(mirror,), daemon=True).start()
-    end, answered, raw = time.monotonic() + 3, None, Path(kind.__name__, "raw")
-    with contextlib.suppress(queue.Empty):
-        replies = (answers.get(timeout=max(0, end - time.monotonic())) for _ in kind.mirrors)
-        answered = next((mirror for mirror in replies if mirror), None)
+    # Threads: looking up a name knows no time limit.
+    threads = [threading.Thread(target=probe, args=(mirror,), daemon=True) for mirror in kind.mirrors]
+    answered, end, raw = [], time.monotonic() + 3, Path(kind.__name__, "raw")
+    for thread in threads:
+        thread.start()
+    while not answered and time.monotonic() < end and any(thread.is_alive() for thread in threads):
+        time.sleep(0.02)
     if not answered:
         return f"it is not in {data_dir / raw} and no download server answered within 3 s"
     try:
         (data_dir / raw).mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # torchvision sets none: a stalled server would be waited for without end
         with tempfile.TemporaryDirectory(dir=data_dir) as folder:  # checked there, so that no part of it stays
-            type(kind.__name__, (kind,), {"mirrors": [answered]})(folder, download=True)
+            type(kind.__name__, (kind,), {"mirrors": answered[:1]})(folder, download=True)
             for path in Path(folder, raw).glob("*-ubyte"):
                 os.replace(path, data_dir / raw / path.name)
     except (OSError, RuntimeError) as error:
@@ -1225,9 +1229,9 @@ def draw_digits(split):
 MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaussians
     # 実装例3's (erratum 8), all halved: most coordinates lie in [-1, 1].
     "gaussians": (torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]]) / 2, 0.05),
-    # PacGAN's (arXiv 1712.04086, 4.1).
+    # PacGAN's (arXiv 1712.04086, 4.1), the grid at a quarter of its size: within [-1, 1], too.
     "ring": (torch.stack([torch.arange(8).mul(math.pi / 4).cos(), torch.arange(8).mul(math.pi / 4).sin()], 1), 0.01),
-    "grid": (torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2)), 0.05),
+    "grid": (torch.cartesian_prod(torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5)), 0.0125),
 }
 
 
@@ -1439,7 +1443,7 @@ def load_classifier(data):
     path = folder / f"classifier-{key[:16]}.pt"
     with contextlib.suppress(Exception):  # there is none, or a damaged one
         network = make_classifier()
-        network.load_state_dict(torch.load(path, weights_only=True))
+        network.load_state_dict(load_checkpoint(path))
         return network.eval()
     tqdm.write(f"scores  training a classifier of {data.name}, once, in about a minute")
     network = train_classifier(data.samples, data.labels)

@@ -4,9 +4,10 @@
     python docs/results.py --data-dir DIR defaults cures    of these tables alone
     python docs/results.py --tables                         nothing new: tables and pictures, from what there is
 
-A run is a command with a seed. When it ends, it becomes a row of results.jsonl; its folder lies in
-runs/results/. One that was stopped (Ctrl-C) goes on from its checkpoint when this is started again.
-The pictures show these folders; one stays as it is where the folder of a run that it shows is missing.
+A run is a command with a seed. When it ends, it becomes a row of results.jsonl, which stays until
+you delete it, as after a change of a script's constants; its folder lies in runs/results/. One that
+was stopped (Ctrl-C) goes on from its checkpoint when this is started again. The pictures show these
+folders; one stays as it is where the folder of a run that it shows is missing.
 """
 
 import argparse
@@ -64,6 +65,7 @@ SETTINGS = {     # one of the text's constants changed at a time, and the checkl
 }
 MNIST = " --epochs 1"
 STEPS = " --epochs 25 --max-batches 200"     # 5,000 generator steps
+SAME_TIME = " --n-critic 1 --epochs 120"     # as many updates of both networks as by default
 TABLES = {
     "defaults": [(command, seed) for command in DEFAULTS for seed in range(3 if command[:2] == "06" else 1)],
     "cures": [(f"{command} --dataset {mixture}{STEPS}", seed)
@@ -71,7 +73,8 @@ TABLES = {
     "settings": [(f"{script} --dataset gaussians {flags}".rstrip() + STEPS, 0)
                  for script, all_flags in SETTINGS.items() for flags in all_flags],
     "cures-mnist": [(command + MNIST, 0) for command in CURES.values() if command[:2] == "05"],
-    "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")],
+    "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")]
+                 + [("03_wgan_gp.py --dataset grid" + SAME_TIME, 0)],
 }
 
 GALLERY = {     # in docs/gallery: of which run, which picture
@@ -91,8 +94,10 @@ def rows():
 
 
 def add_row(row):
-    with open(ROWS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    before = ROWS.read_text(encoding="utf-8") if ROWS.exists() else ""
+    temporary = ROWS.with_suffix(".tmp")        # whole or not at all
+    temporary.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
+    temporary.replace(ROWS)
 
 
 def processor():
@@ -111,9 +116,11 @@ def run(command, seed, data_dir, folder, threads):
     folder = folder / slug(command, seed)
     started = sorted(folder.glob("*/checkpoint.pt"))
     script, *flags = shlex.split(command)
+    flags += [] if "--dataset" in flags else ["--dataset", "mnist"]     # or nothing, but no other digits
     arguments = [*flags, "--seed", str(seed), "--output-dir", folder]
     if started:
         arguments = ["--resume", started[0].parent]
+        threads = json.loads(started[0].with_name("options.json").read_text())["threads"]
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder / "output.txt", "a") as output:
@@ -135,7 +142,10 @@ def run(command, seed, data_dir, folder, threads):
 
 
 def run_all(names, data_dir, folder, jobs):
-    """Run what has no row yet, `jobs` at a time with a share of the threads each, then measure; a row as each ends."""
+    """Run what has no row yet, `jobs` at a time with a share of the threads each, then measure; a row as each ends.
+
+    Returns whether every run got its row.
+    """
     wanted = [key for name in names for key in TABLES.get(name, ()) if key not in rows()]
     threads, lock = max(1, os.cpu_count() // jobs), threading.Lock()
 
@@ -145,16 +155,18 @@ def run_all(names, data_dir, folder, jobs):
             with lock:
                 add_row(row)
             print(f"{row['seconds'] / 60:6.1f} min  {key[0]}, seed {key[1]}", flush=True)
+        return bool(row)
 
     pool = ThreadPoolExecutor(jobs)
     try:
-        list(pool.map(work, dict.fromkeys(wanted)))
+        complete = all(list(pool.map(work, dict.fromkeys(wanted))))
     finally:                                    # Ctrl-C reaches the runs, too, which save and end
         pool.shutdown(cancel_futures=True)
     for name in names:
         if name in MEASURES and (name, None) not in rows():
             add_row({"command": name, "seed": None, "threads": torch.get_num_threads(), "processor": processor(),
                      "found": MEASURES[name](data_dir, folder)})
+    return complete
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -174,7 +186,7 @@ def step_times(commands, data_dir, folder):
         for command, steps in commands.items():
             shutil.rmtree(folder / "timed", ignore_errors=True)
             flags = f" --epochs 1 --max-batches {steps} --eval-interval 0"
-            row = run(command + flags, 0, data_dir, folder / "timed", os.cpu_count())
+            row = run(command + flags, 0, data_dir, folder / "timed", os.cpu_count()) or sys.exit(1)
             seconds[command].append(row["seconds"] / steps)
     return {command: 1000 * statistics.median(found[1:]) for command, found in seconds.items()}
 
@@ -237,7 +249,9 @@ def mixing(data_dir, folder):
     differ; and the share that shows A's under another noise.
     """
     six, common = load("06_stylegan_blocks"), load("common")
-    checkpoint = next((folder / slug("06_stylegan_blocks.py", 0)).glob("*/checkpoint.pt"))
+    checkpoint = next((folder / slug("06_stylegan_blocks.py", 0)).glob("*/checkpoint.pt"), None)
+    if not checkpoint:
+        sys.exit(f"mixing: the run of 06_stylegan_blocks.py, seed 0, is not in {folder}")
     options = argparse.Namespace(**common.load_checkpoint(checkpoint)["options"])
     generator = six.Generator(options.latent_dim, options.image_size, options.channels, options.width).eval()
     common.load_generator(generator, checkpoint, "cpu")
@@ -404,16 +418,18 @@ def main():
                         help=f"of {', '.join([*TABLES, *MEASURES])}; all without it. The last {len(MEASURES)} are "
                         "measured after the runs; leave the machine alone meanwhile")
     parser.add_argument("--data-dir", default="data", help="as in the scripts")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the processor's cores")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=2, metavar="N",
+                        help="runs at a time; they share the processor's cores")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
     if unknown := set(args.names) - {*TABLES, *MEASURES}:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join([*TABLES, *MEASURES])}")
-    folder = ROOT / "runs" / "results"
+    folder, complete = ROOT / "runs" / "results", True
     if not args.tables:
-        run_all(args.names or [*TABLES, *MEASURES], Path(args.data_dir).resolve(), folder, args.jobs)
+        complete = run_all(args.names or [*TABLES, *MEASURES], Path(args.data_dir).resolve(), folder, args.jobs)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
     pictures(folder)
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ def test_defaults_are_the_constants_of_the_text(options, script, variant):
     flag = {"01_vanilla_gan": ["--variant", variant], "03_wgan_gp": ["--critic", variant]}.get(script, [])
     found = options(script, *flag)
     expected = {"variant": variant, "seed": 0, "device": "auto", "dataset": "auto", "data_dir": "data", "output_dir": "runs",
-                "max_batches": None, "eval_interval": None, "ema_decay": 0, "lr_decay": 0, **TEXT[script, variant]}
+                "max_batches": None, "eval_interval": None, "sample_interval": None, "ema_decay": 0, "lr_decay": 0, **TEXT[script, variant]}
     assert {name: found[name] for name in expected} == expected
     if variant in ("bce", "mlp"):
         assert options(script) == found, "the first row is the default"
-    assert found["sample_interval"] == max(1, found["epochs"] // 20)
-    assert options(script, *flag, "--epochs", 7)["sample_interval"] == 1
     assert options(script, *flag, "--lr-g", 0.5)["lr_g"] == 0.5
 
 
@@ -83,7 +81,7 @@ def test_points_choose_their_own_row(options, script, dataset):
 
 @pytest.mark.parametrize("flag, values", {
     "--epochs": ["0", "-1", "1.5", "many", ""], "--batch-size": ["0", "1"], "--lr-g": ["0", "-1e-4", "nan", "inf", "1e30", "x"],
-    "--lr-d": ["0", "nan"], "--beta1": ["1", "-0.1", "nan"], "--latent-dim": ["0", "9999999999"], "--seed": ["-1", "9223372036854775808"],
+    "--lr-d": ["0", "nan"], "--beta1": ["1", "-0.1", "nan"], "--latent-dim": ["0", "9999999999"], "--seed": ["-1", "4294967296"],
     "--sample-interval": ["0"], "--eval-interval": ["-1", "x"],
     "--ema-decay": ["1", "-0.1", "nan"], "--lr-decay": ["1.1", "-0.1", "nan"], "--max-batches": ["0"], "--gp-weight": ["-1", "nan"],
     "--n-critic": ["0"], "--explore": ["-1"], "--generate": ["0", "1000000"], "--device": ["gpu"], "--dataset": ["cifar"],

@@ -117,7 +117,7 @@ def test_each_sample_belongs_to_one_process(ranks, tmp_path, monkeypatch):
     for rank in range(ranks):
         monkeypatch.setattr(common, "RANK", rank)
         args = Namespace(script="", variant="", dataset="ring", data_dir="", output_dir=tmp_path, channels=1, seed=0,
-                         device="cpu", resume=None, eval_interval=0, batch_size=6)
+                         device="cpu", resume=None, eval_interval=0, batch_size=6, classes=0)
         shares.append(common.prepare(args).labels.tolist())
     assert {len(share) for share in shares} == {100 // ranks}
     assert len({label for share in shares for label in share}) == 100 // ranks * ranks

@@ -183,10 +183,10 @@ def refused(capsys, script, *arguments, code=2):
 
 
 @pytest.mark.parametrize("flags, wrong", [
-    (["--lr-g", 0.5], "lr-g 0.5 is not the run's, which has 0.001"), (["--batch-size", 9], "batch-size 9 is not the run's, which has 256"),
+    (["--lr-g", 0.5], "--lr-g 0.5 is not the run's, which has 0.001"), (["--batch-size", 9], "--batch-size 9 is not the run's, which has 256"),
     (["--epochs", 1], "--epochs 1 is less than the run's 2"), ([], "complete after 2 epochs; a larger --epochs trains on"),
-    (["--kernels", "reference"], "kernels reference is not the run's, which has fused"),
-    (["--generate", 3], "generate 3 is not the run's")])
+    (["--kernels", "reference"], "--kernels reference is not the run's, which has fused"),
+    (["--generate", 3], "--generate 3 is not the run's")])
 def test_what_a_resumed_run_may_not_change(finished, capsys, flags, wrong):
     before = {path: path.read_bytes() for path in finished.rglob("*.*")}
     assert wrong in refused(capsys, "03_wgan_gp", "--resume", finished, *flags)
@@ -196,6 +196,7 @@ def test_what_a_resumed_run_may_not_change(finished, capsys, flags, wrong):
 def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, monkeypatch):
     assert "there is no run of 03_wgan_gp in" in refused(capsys, "03_wgan_gp", "--resume", "--output-dir", tmp_path)
     assert "does not exist" in refused(capsys, "03_wgan_gp", "--resume", tmp_path / "no")
+    assert "leave out --output-dir" in refused(capsys, "03_wgan_gp", "--resume", finished, "--output-dir", tmp_path)
     assert "was trained by 03_wgan_gp.py" in refused(capsys, "01_vanilla_gan", "--resume", finished)
     more = ["--resume", finished, "--epochs", 3]
     with monkeypatch.context() as patch:
@@ -204,6 +205,7 @@ def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, m
     with monkeypatch.context() as patch:
         patch.setitem(common.MIXTURES, "gaussians", (common.MIXTURES["gaussians"][0], 0.051))
         assert "are not those that the run was trained on" in refused(capsys, "03_wgan_gp", *more)
+        assert "is not what the run was trained on" in refused(capsys, "03_wgan_gp", "--from", finished, "--evaluate")
     with monkeypatch.context() as patch:
         patch.setattr(ops, "choose", lambda wanted, device: (_ for _ in ()).throw(common.build.Unavailable("none")))
         assert "no fused kernels: none" in refused(capsys, "03_wgan_gp", *more)

@@ -148,6 +148,7 @@ def test_ring_and_grid_are_pacgans():
     ring, sigma = common.MIXTURES["ring"]
     assert torch.allclose(ring.norm(dim=1), torch.ones(8)) and sigma == 0.01
     grid, sigma = common.MIXTURES["grid"]
+    grid, sigma = 4 * grid, 4 * sigma
     assert {tuple(point) for point in grid.tolist()} == {(x, y) for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)}
     assert sigma == 0.05
 
@@ -227,7 +228,9 @@ def test_cache_of_classifiers(few_digits, monkeypatch, tmp_path, capsys):
     files = sorted((tmp_path / "cache" / "gan-scripts").iterdir())
     assert len(files) == 4 and all(path.suffix == ".pt" for path in files)
     for path in files:
-        path.write_bytes(path.read_bytes()[:1000])
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1  # a single bit of a weight
+        path.write_bytes(content)
     capsys.readouterr()
     common.load_classifier(data)
     assert len(trained) == 5 and "training a classifier of digits" in capsys.readouterr().out
@@ -432,7 +435,7 @@ def test_scores_of_a_run(train, capsys):
     assert other["best.pt"]["FD"] != metrics["best.pt"]["FD"] == pytest.approx(other["best.pt"]["FD"], rel=0.2)
     assert not list(folder.glob("*.tmp")) and not list((folder / "samples").glob("generated*"))
     load_script("04_cgan").main(["--device", "cpu", "--from", str(folder / "best.pt"), "--evaluate", "--class", "3"])
-    assert [path.name for path in (folder / "samples").glob("generated*")] == ["generated-64-class3-seed0.png"]
+    assert [path.name for path in (folder / "samples").glob("generated*")] == ["generated-64-class3-seed0-best.png"]
     assert (folder / "metrics.json").read_bytes() == before
     (folder / "best.pt").write_bytes(b"damaged")
     assert "best.pt does not fit its own options" in refuse(capsys, "04_cgan", "--from", folder, "--evaluate")
@@ -484,17 +487,18 @@ def test_best_is_chosen_by_held_out_images_alone(train, monkeypatch):
 
 
 def test_moving_average(train, tmp_path):
-    """After every step: average <- decay average + (1 - decay) generator; it is what is scored, drawn and kept."""
-    followed, last = [], {}
+    """After every step the mean of all so far, with weights 1, 0.9, 0.81, ... back from it; it is what is scored, drawn and kept."""
+    followed, seen = [], []
     update = common.update_average
 
-    def follow(average, generator, decay):
-        before = {name: value.clone() for name, value in average.state_dict().items()}
-        update(average, generator, decay)
-        last.update(snapshot(generator.state_dict().items()))
+    def follow(average, generator, decay, step):
+        update(average, generator, decay, step)
+        seen.append(snapshot(generator.state_dict().items()))
+        assert step == len(seen)
+        weights = [0.9**age for age in reversed(range(step))]
         for name, value in average.state_dict().items():
-            new = last[name]
-            torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * new if new.is_floating_point() else new)
+            mean = sum(weight * state[name] for weight, state in zip(weights, seen)) / sum(weights)
+            torch.testing.assert_close(value, mean if value.is_floating_point() else seen[-1][name])
         followed.append(average)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -503,7 +507,7 @@ def test_moving_average(train, tmp_path):
     assert len(followed) == 4 and len(set(map(id, followed))) == 1
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(value, checkpoint["average"][name]) for name, value in followed[0].state_dict().items())
-    assert unchanged(last, checkpoint["generator"]), "taken after the step, not before"
+    assert unchanged(seen[-1], checkpoint["generator"]), "taken after the step, not before"
     assert not torch.equal(checkpoint["average"]["model.0.weight"], checkpoint["generator"]["model.0.weight"])
     plain = train("03_wgan_gp", "--epochs", 2, "--lr-g", 0.01)
     assert (folder / "samples" / "final.png").read_bytes() != (plain / "samples" / "final.png").read_bytes()

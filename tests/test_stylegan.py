@@ -376,12 +376,12 @@ def test_average(module, generator):
     with torch.no_grad():
         for part in [*generator.parameters(), *generator.buffers()]:
             part += 1
-    common.update_average(average, generator, 0.998)
+    common.update_average(average, generator, 0.998, 10_000)
     for name, value in average.state_dict().items():
         if value.is_floating_point() and not name.endswith("extra_state"):
             torch.testing.assert_close(value, before[name] + 1 - 0.998)
     generator.level = 1.5
-    common.update_average(average, generator, 0.998)
+    common.update_average(average, generator, 0.998, 10_001)
     assert average.level == 1.5
 
 
@@ -428,7 +428,7 @@ def test_training_grows_and_averages(run, module):
     torch.manual_seed(0)
     start, trained, average = module.Generator(**SMALL).constant, checkpoint["generator"]["constant"], checkpoint["average"]["constant"]
     way = (average - start).norm() / (trained - start).norm()
-    assert 0 < way < 0.1, "the average has followed, far behind"
+    assert 0.2 < way < 0.9, "the average follows"
     fast, slow = checkpoint["optimizer_g"]["param_groups"]
     rate = module.CONSTANTS["stylegan"]["lr_g"]
     assert (fast["lr"], slow["lr"]) == (rate, rate * module.MAPPING_RATE) and len(slow["params"]) == 16
