@@ -68,8 +68,8 @@ RANK = int(os.environ.get("RANK", "0")) if RANKS > 1 else 0
 # ---------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", channels=1,
-                ema_decay=0, lr_decay=0, eval_interval=None, sample_interval=None, max_batches=None, run=None, resume=None,
-                classes=0)
+                ema_decay=0, lr_decay=0, eval_interval=None, sample_interval=None, max_batches=None, run=None,
+                resume=None, classes=0)
 GROUPS = {"training": "training", "data": "data", "output": "output and scores", "kernels": "fused kernels",
           "drawing": "drawing from a run, with --from"}
 
@@ -498,7 +498,7 @@ class Dropout(nn.Module):
 def update_average(average, generator, decay, step):
     """The mean of the generators after steps 1 to `step`, each weighing `decay` of the next; buffers included.
 
-    ProGAN's average (arXiv 1710.10196, appendix A) without the share of the untrained generator, as Adam corrects its own.
+    ProGAN's average (arXiv 1710.10196, appendix A) without a share of the untrained generator, as Adam corrects its.
     """
     new, share = generator.state_dict(), (1 - decay) / (1 - decay**step)
     for name, value in itertools.chain(average.named_parameters(), average.named_buffers()):
@@ -735,7 +735,7 @@ class Run:
         self._save_log()
         if self.epoch < self.args.epochs:  # else the table follows
             tqdm.write("scores  " + "  ".join(f"{name} {scores[name]:{SCORES[name][1]}}" for name in SCORES
-                                               if scores.get(name) is not None))
+                                              if scores.get(name) is not None))
         best = self.scores.get("best.pt", {"FD_held_out": math.inf})
         if scores.get("FD_held_out", math.inf) < best["FD_held_out"]:
             self.scores["best.pt"] = scores
@@ -950,7 +950,7 @@ def evaluate_run(pipeline, path):
     scorer = make_scorer(args)
     if not scorer:
         fail(f"--evaluate: {NO_SCORES}")
-    if args.dataset in MIXTURES and args.digest != load_data(args.dataset, args.data_dir).digest():
+    if args.dataset in MIXTURES and getattr(args, "digest", None) != load_data(args.dataset, args.data_dir).digest():
         fail(f"--evaluate: {args.dataset} is not what the run was trained on: {path} is of an older version")
     scores = {file.name: {"epoch": load_generator(pipeline.generator, file, pipeline.device), **scorer(pipeline)}
               for file in files}
