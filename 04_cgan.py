@@ -117,7 +117,7 @@ def penalty_of(gradients):
 
 
 # --------------------------------------------------------------------------------- training step
-def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=False): # 11.4.2
+def critic_step(generator, critic, optimizer, real, c, z, gp_weight, explicit=False):  # 11.4.2
     """One step down Q; real: [N, 1, 28, 28], c: [N], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z, c)                          # of the classes of the real batch, 11.4

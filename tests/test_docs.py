@@ -6,6 +6,7 @@ import operator
 import re
 import shlex
 import unicodedata
+from argparse import Namespace
 
 import pytest
 
@@ -143,6 +144,12 @@ def test_results_run_and_go_on(results, tmp_path, monkeypatch):
     log = next((tmp_path / results.slug(command, 1)).glob("*/log.jsonl"))
     log.write_text(log.read_text().splitlines()[0] + "\n")
     assert results.run(command, 1, tmp_path, tmp_path, threads=row["threads"]) is None, "refused and not complete: no row"
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(results.subprocess, "run", lambda command, **_: seen.append(command) or Namespace(returncode=2))
+        patch.setattr(results, "TABLES", {"some": [("01_vanilla_gan.py --epochs 1", 0)]})
+        assert not results.run_all(["some"], tmp_path, tmp_path, jobs=1), "which the exit code says"
+    assert seen[0][2:6] == ["--epochs", "1", "--dataset", "mnist"], "no other digits under its name"
 
 
 def help_of(script, capsys):

@@ -214,6 +214,12 @@ def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, m
     os.close(lock)
 
 
+def test_labels_count_where_there_are_classes():
+    data = common.load_data("gaussians", "unused")
+    other = data._replace(labels=data.labels.roll(1))
+    assert data.digest() == other.digest() and data.digest(8) != other.digest(8)
+
+
 def test_the_newest_run_goes_on_for_more_epochs(tmp_path, capsys):
     constant = ["--lr-decay", 0, "--output-dir", tmp_path]  # rates that fall to the end fall faster in a shorter training
     for _ in range(2):
