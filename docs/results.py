@@ -63,7 +63,6 @@ SETTINGS = {     # one of the text's constants changed at a time, and the checkl
     "03_wgan_gp.py": ["", "--lr-decay 0 --ema-decay 0", "--lr-g 2e-4 --lr-d 2e-4", "--beta1 0", "--latent-dim 2",
                       "--n-critic 1", "--gp-weight 0.1", "--gp-weight 10"],
 }
-MNIST = " --epochs 1"
 STEPS = " --epochs 25 --max-batches 200"     # 5,000 generator steps
 SAME_TIME = " --n-critic 1 --epochs 120"     # as many updates of both networks as by default
 TABLES = {
@@ -72,7 +71,7 @@ TABLES = {
               for seed in range(3) for command in CURES.values() for mixture in MIXTURES],
     "settings": [(f"{script} --dataset gaussians {flags}".rstrip() + STEPS, 0)
                  for script, all_flags in SETTINGS.items() for flags in all_flags],
-    "cures-mnist": [(command + MNIST, 0) for command in CURES.values() if command[:2] == "05"],
+    "cures-mnist": [(command, 0) for command in CURES.values() if command[:2] == "05"],
     "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")]
                  + [("03_wgan_gp.py --dataset grid" + SAME_TIME, 0)],
 }
@@ -136,7 +135,7 @@ def run(command, seed, data_dir, folder, threads):
         return None
     scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
     return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 3),
-            "threads": threads, "torch": options["versions"]["torch"], "last": log[-1],
+            "threads": options["threads"], "torch": options["versions"]["torch"], "last": log[-1],
             "processor": torch.cuda.get_device_name() if options["device"] == "cuda" else processor(),
             **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
 
@@ -287,13 +286,16 @@ def defaults_table(done):
             scores, last = row["checkpoint"], row["last"]
             quantities = [f"{name} {last[name]:.3g}" for name in last
                           if name not in ("epoch", "step", "seconds", "layers", *scores)]
-            shares = [100 * count / sum(scores["counts"]) for count in scores["counts"]]
             asked = f"; {scores['as_asked']:.1%} as asked" if "as_asked" in scores else ""
             step = done.get(("times", None), {"found": {}})["found"].get(command.removesuffix(FAST))
             minutes = f"{step * last['step'] / 60_000:.0f}" if step else "-"
             yield [f"`{command}`", seed, row["processor"], minutes, ", ".join(quantities), f"{scores['IS']:.2f}",
                    f"{scores['FD']:.1f}", f"{scores['precision']:.2f}, {scores['recall']:.2f}{asked}",
-                   f"{min(shares):.1f} %, {max(shares):.1f} %"]
+                   rarest_and_most_frequent(scores["counts"])]
+
+
+def rarest_and_most_frequent(counts):
+    return f"{min(counts) / sum(counts):.1%}, {max(counts) / sum(counts):.1%}".replace("%", " %")
 
 
 def spread(values, form):
@@ -334,13 +336,12 @@ def settings_table(done):
 
 
 def cures_mnist_table(done):
-    yield ["Cure", "Inception Score", "Frechet distance", "Precision", "Recall", "Rarest digit", "Minutes"]
+    yield ["Cure", "Inception Score", "Frechet distance", "Precision", "Recall", "Rarest, most frequent digit"]
     for name, command in CURES.items():
-        if row := done.get((command + MNIST, 0)):
+        if command[:2] == "05" and (row := done.get((command, 0))):
             scores = row["checkpoint"]
             yield [name, f"{scores['IS']:.2f}", f"{scores['FD']:.1f}", f"{scores['precision']:.2f}",
-                   f"{scores['recall']:.2f}", f"{min(scores['counts']) / sum(scores['counts']):.1%}",
-                   f"{row['seconds'] / 60:.0f}"]
+                   f"{scores['recall']:.2f}", rarest_and_most_frequent(scores["counts"])]
 
 
 def published_table(done):
