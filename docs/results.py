@@ -402,7 +402,7 @@ def draw(name, columns, panels, folder, box=(0, 0, 1, 1), dpi=64):
 
 
 def pictures(folder):
-    """samples.png, cures.png, and the gallery: pictures of the runs, as they are."""
+    """samples.png, cures.png, cures-mnist.png, and the gallery: pictures of the runs, as they are."""
     for name, (key, file) in GALLERY.items():
         if path := next((folder / slug(*key)).glob(f"*/samples/{file}"), None):
             shutil.copyfile(path, DOCS / "gallery" / (name + path.suffix))
@@ -411,6 +411,7 @@ def pictures(folder):
         draw("samples", 3, scripts, folder, dpi=100)
     draw("cures", 6, {f"{name}: {mixture}": (f"{command} --dataset {mixture}{STEPS}", 0)
                       for name, command in CURES.items() for mixture in MIXTURES}, folder, (0.07, 0.01, 1, 0.94))
+    draw("cures-mnist", 3, {name: (command, 0) for name, command in CURES.items() if command[:2] == "05"}, folder, dpi=100)
 
 
 def main():
