@@ -381,7 +381,7 @@ class Parser(argparse.ArgumentParser):
 def prepare(args):
     """Before a training: seed, device and data, which it returns; completes `args` with what they turned out to be."""
     torch.manual_seed(args.seed)
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device, "--resume: the run's --device" if args.resume else "--device")
     # The thread of the backward pass has no CUDA context at first; PyTorch sets one itself, and warns.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
     if RANKS > 1:
@@ -441,12 +441,12 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view_as(gradient))
 
 
-def pick_device(wanted):
+def pick_device(wanted, name="--device"):
     """The device that `wanted` (auto, cpu, cuda or mps) stands for on this machine."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name, here in usable.items() if here) if wanted == "auto" else wanted
     if not usable[device]:
-        fail(f"--device {wanted}: this torch ({torch.__version__}) finds no such device here")
+        fail(f"{name} {wanted}: this torch ({torch.__version__}) finds no such device here")
     return device
 
 

@@ -361,8 +361,8 @@ def main():
         return show_growth(flags, f"{machine(args.device)}, {setting}")
     print(f"{args.device}, {setting}; ms per generator step")
     print(f"{'script':24}{'own':>18}{'plain':>18}{'times':>7}{'images/s':>10}{'GFLOP':>7}{'floor':>8}{'of floor':>9}")
-    for script in flags:
-        ours, theirs, flop = measure(script, flags[script], args.rounds)
+    for script, arguments in flags.items():
+        ours, theirs, flop = measure(script, arguments, args.rounds)
         least, median = floor(script, flop, args.device), statistics.median(ours)
         batch = next(iter(load_script(script).CONSTANTS.values()))["batch_size"]
         print(f"{script:24}{show(ours):>18}{show(theirs):>18}{statistics.median(theirs) / median:7.2f}"

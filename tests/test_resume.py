@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,13 @@ def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, m
     with monkeypatch.context() as patch:
         patch.setattr(ops, "choose", lambda wanted, device: (_ for _ in ()).throw(common.build.Unavailable("none")))
         assert "no fused kernels: none" in refused(capsys, "03_wgan_gp", *more)
+    elsewhere = tmp_path / "03_wgan_gp-gaussians-0001"
+    shutil.copytree(finished, elsewhere)
+    checkpoint = torch.load(elsewhere / "checkpoint.pt", weights_only=True)
+    checkpoint["options"]["device"] = "mps"
+    torch.save(checkpoint, elsewhere / "checkpoint.pt")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert "the run's --device mps: this torch" in refused(capsys, "03_wgan_gp", "--resume", elsewhere, "--epochs", 3)
     lock = common.only_here(finished)
     assert f"another process is training in {finished}" in refused(capsys, "03_wgan_gp", *more)
     os.close(lock)
