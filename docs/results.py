@@ -243,15 +243,23 @@ def updates(data_dir, folder):
 
 
 def mixing(data_dir, folder):
-    """演習問題4: whose digit 2,000 mixtures of 06's first run show, as the classifier reads A, B and the mixture.
+    """演習問題4: whose digit 2,000 mixtures of each of 06's runs show, as the classifier reads A, B and the mixture.
 
-    By the block from which on B's style is taken: the shares that show A's digit, and B's, of the pairs in which A and B
-    differ; and the share that shows A's under another noise.
+    By the block from which on B's style is taken, for each run: the shares that show A's digit, and B's, of the pairs in
+    which A and B differ; and the share that shows A's under another noise.
     """
+    found = {}
+    for seed in range(3):
+        for block, shares in mixing_of_run(seed, data_dir, folder).items():
+            found.setdefault(block, []).append(shares)
+    return found
+
+
+def mixing_of_run(seed, data_dir, folder):
     six, common = load("06_stylegan_blocks"), load("common")
-    checkpoint = next((folder / slug("06_stylegan_blocks.py", 0)).glob("*/checkpoint.pt"), None)
+    checkpoint = next((folder / slug("06_stylegan_blocks.py", seed)).glob("*/checkpoint.pt"), None)
     if not checkpoint:
-        sys.exit(f"mixing: the run of 06_stylegan_blocks.py, seed 0, is not in {folder}")
+        sys.exit(f"mixing: the run of 06_stylegan_blocks.py, seed {seed}, is not in {folder}")
     options = argparse.Namespace(**common.load_checkpoint(checkpoint)["options"])
     generator = six.Generator(options.latent_dim, options.image_size, options.channels, options.width).eval()
     common.load_generator(generator, checkpoint, "cpu")
@@ -360,9 +368,10 @@ def updates_table(done):
 
 def mixing_table(done):
     yield ["B takes over at", "A's digit", "B's digit", "Another digit"]
-    for block, (a, b) in done.get(("mixing", None), {"found": {}})["found"].items():
+    for block, runs in done.get(("mixing", None), {"found": {}})["found"].items():
         size = 4 * 2**int(block) if block != "noise" else 0
-        yield [f"{size}x{size}" if size else "nowhere, but another noise", f"{a:.1%}", f"{b:.1%}", f"{1 - a - b:.1%}"]
+        shares = zip(*([100 * a, 100 * b, 100 * (1 - a - b)] for a, b in runs))
+        yield [f"{size}x{size}" if size else "nowhere, but another noise", *(f"{spread(share, '.1f')} %" for share in shares)]
 
 
 def with_tables(text):
