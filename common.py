@@ -441,12 +441,12 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view_as(gradient))
 
 
-def pick_device(wanted, name="--device"):
+def pick_device(wanted, flag="--device"):
     """The device that `wanted` (auto, cpu, cuda or mps) stands for on this machine."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name, here in usable.items() if here) if wanted == "auto" else wanted
     if not usable[device]:
-        fail(f"{name} {wanted}: this torch ({torch.__version__}) finds no such device here")
+        fail(f"{flag} {wanted}: this torch ({torch.__version__}) finds no such device here")
     return device
 
 
