@@ -43,7 +43,7 @@ from torch import nn
 CONSTANTS = {
     "mlp": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,  # erratum 7
                 latent_dim=100, noise="uniform", gp_weight=10.0, n_critic=5, penalty="explicit"),
-    "conv": dict(epochs=25, batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,   # erratum 4
+    "conv": dict(epochs=5, batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,    # erratum 4
                  latent_dim=100, noise="normal", gp_weight=10.0, n_critic=5, penalty="autograd"),
     "points": dict(epochs=40, batch_size=256, lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.9,
                    latent_dim=100, noise="normal", gp_weight=1.0, n_critic=5, penalty="autograd",
