@@ -17,14 +17,14 @@ At the equilibrium (Nash均衡) D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 pe
     python 01_vanilla_gan.py                            chapter 3: one logit, binary cross-entropy
     python 01_vanilla_gan.py --variant two-logit        chapter 11: two logits, dropout
     python 01_vanilla_gan.py --variant keras            the networks of document 002
-    python 01_vanilla_gan.py --dataset gaussians        8 Gaussians (実装例3's, halved), ring, grid
+    python 01_vanilla_gan.py --dataset gaussians        実装例3's 8 Gaussians, halved; or ring, grid
 
-Differs from the text: the real images are MNIST's, in 実装例2 they are noise (erratum 5); the
+Differs from the text: the real images are MNIST's, where 実装例2 has noise (erratum 5); the
 discriminator returns logits l, numbers before the sigmoid: D = sigmoid(l) (erratum 6); each update
 draws its own z (3.2 and 11.2 reuse one). --variant keras has the networks and constants of
 document 002, nothing else of it: 002 samples its batches with replacement, updates D twice per
-step, on real and then on fake, generates its fakes in inference mode, starts as Keras does and has
-1e-7 as Adam's eps.
+step, on real and then on fake, generates its fakes in inference mode, and has Keras' initial
+weights and 1e-7 as Adam's eps.
 """
 
 import common  # before torch: Ctrl-C then leaves no traceback
@@ -261,7 +261,8 @@ def main(argv=None):
     q, p, probability = losses(args.variant, args.generator_loss)
     generator = make_generator(args.latent_dim).to(args.device)
     discriminator = make_discriminator().to(args.device)
-    betas = args.beta1, args.beta2                  # fused=True: a faster Adam
+    betas = args.beta1, args.beta2
+    # fused=True: a faster Adam
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 

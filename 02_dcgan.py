@@ -11,8 +11,8 @@ Text: chapter 3, section 3.3 (実装例4).
     python 02_dcgan.py --image-size 64 --channels 3 --dataset folder --data-dir DIR  your own images
 
 実装例4 follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them,
-except for the first and last Linear layers (the figure has the generator's) and, as in the DCGAN
-paper, for D's input, which has no BatchNorm.
+except for a Linear layer each, the generator's first (the figure has it, too) and the
+discriminator's last, and, as in the DCGAN paper, for D's input, which has no BatchNorm.
 Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions
 leave (erratum 2) and returns logits (erratum 6). 実装例4 stops before the training; the step is
 that of 3.2, with its own z for each update.
@@ -77,7 +77,7 @@ class Discriminator(nn.Sequential):
 
 
 def initialise(network):
-    """The DCGAN paper's start, for the 64x64 networks; the 28x28 ones keep PyTorch's.
+    """The DCGAN paper's initial weights, for the 64x64 networks; the 28x28 ones keep PyTorch's.
 
     Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code).
     """

@@ -8,12 +8,13 @@ Text: chapter 11, section 11.3 (WGAN-gp); chapter 3, section 3.4 (実装例5).
     x_hat = epsilon x + (1 - epsilon) G(z)                    a point between real and fake (補間点)
     epsilon ~ U(0, 1)                                         uniform (一様分布)
 
-The text writes D for the critic C; 3.4 calls Q and P L_D and L_G. mean(C(x)) - mean(C(G(z))),
-logged as W, estimates the Wasserstein distance (ワッサースタイン距離) while ||g|| stays near 1.
+The text writes D for the critic C; in 3.4 Q is L_D and P is L_G. mean(C(x)) - mean(C(G(z))), logged
+as W, is at most the Wasserstein distance (ワッサースタイン距離) where ||g|| is at most 1
+everywhere, and equal to it for the best such C. How far it stays below: docs/runs.md.
 
     python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
-    python 03_wgan_gp.py --dataset gaussians            8 Gaussians (実装例3's, halved), ring, grid
+    python 03_wgan_gp.py --dataset gaussians            実装例3's 8 Gaussians, halved; or ring, grid
     python 03_wgan_gp.py --penalty autograd             the penalty as the text computes it
     python 03_wgan_gp.py --kernels reference            the penalty by PyTorch's operations alone
     python 03_wgan_gp.py --compare-kernels              check and time its fused kernel against them
@@ -22,8 +23,8 @@ Differs from the text: every critic step draws a real batch of its own (erratum 
 reads the data n_critic times; every step draws its own z (実装例5 reuses one). The epoch line shows
 means over the epoch (11.3.2 prints the last batch). --critic mlp computes the penalty in a faster
 way, explicit_terms; --penalty autograd is the text's way, gradient_penalty. --critic conv leaves
-out 実装例5's BatchNorm (erratum 3) and has 11.3's betas (erratum 4); its real images are MNIST's,
-not noise (erratum 5).
+out 実装例5's BatchNorm (erratum 3), takes the 512 numbers that its convolutions leave (erratum 2)
+and has 11.3's betas (erratum 4); its real images are MNIST's, not noise (erratum 5).
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -84,7 +85,7 @@ class Critic(nn.Module):
 
 
 class ConvGenerator(nn.Sequential):
-    """実装例4's generator, as in 02, which 実装例5 trains: z -> images [N, 1, 28, 28]."""
+    """実装例4's generator, as in 02; 実装例5 trains it: z -> images [N, 1, 28, 28]."""
 
     def __init__(self, latent_dim=100):
         super().__init__(
@@ -182,7 +183,7 @@ def penalty_of(gradients):
 
 
 # --------------------------------------------------------------------------------- training step
-# The steps of 11.3.1, 11.3.2 and 実装例5.
+# The costs of 11.3.1, the steps of 11.3.2 and 実装例5.
 def critic_step(generator, critic, optimizer, real, z, gp_weight, explicit=False):
     """One step down Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what to log."""
     with torch.no_grad():                           # the text's .detach(): G is not trained here
@@ -212,9 +213,10 @@ def generator_step(generator, critic, optimizer, z):
 # What critic_step takes from the critic, without a second-order derivative (--penalty explicit).
 # Near any x the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each
 # unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the gradient is a
-# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it by the W; for S, which a small
-# change of the weights does not change, the derivative is 0. Further, W1 x_hat + b1 lies between
-# the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md derives it.
+# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it with respect to the W. A small
+# change of the weights leaves S as it is, so that its derivative is 0. Further, W1 x_hat + b1 lies
+# between the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md
+# derives it.
 def explicit_terms(critic, real, fake):
     """W, the penalty and the mean norm of critic_step; real, fake: [N, 1, 28, 28]."""
     layer1, layer2, layer3, layer4 = critic.model[::3]  # between them LeakyReLU and Dropout
@@ -251,7 +253,7 @@ def main(argv=None):
                   action="store_const", const=True)
     args = parser.options(argv)
     if args.penalty == "explicit" and args.variant != "mlp":
-        common.fail("--penalty explicit is for the fully connected critic of 11.3 (--critic mlp)")
+        common.fail("--penalty explicit is for the critic of 11.3, --critic mlp, and for images")
     make_generator, make_critic = NETWORKS[args.variant]
     if args.run:                                    # --from RUN: draw from it, no training
         return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
@@ -259,7 +261,8 @@ def main(argv=None):
     data = common.prepare(args)
     generator = make_generator(args.latent_dim).to(args.device)
     critic = make_critic().to(args.device)
-    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
+    betas = args.beta1, args.beta2
+    # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, betas, fused=True)
 

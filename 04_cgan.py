@@ -2,7 +2,7 @@
 
 Text: chapter 11, section 11.4 (the idea: 11.4.1); document 003. 11.4 calls the result CWGAN-gp: 03
 with the label c added to both networks and all steps (erratum 19). Lines that the label adds or
-changes end with 11.4, as the text marks its own with 「WGAN-gpからここを変更」.
+changes end with 11.4 or 11.4.2; the text marks its own with 「WGAN-gpからここを変更」.
 
     Q = mean(C(G(z, c), c) - C(x, c) + lambda (||g(x_hat, c)||_2 - 1)^2)    critic's cost
     P = -mean(C(G(z, c), c))                                                generator's cost
@@ -10,8 +10,9 @@ changes end with 11.4, as the text marks its own with 「WGAN-gpからここを�
     x_hat = epsilon x + (1 - epsilon) G(z, c)       a point between real and fake (補間点)
     epsilon ~ U(0, 1)                               uniform (一様分布)
 
-The text writes D for the critic C. mean(C(x, c)) - mean(C(G(z, c), c)), logged as W, estimates the
-Wasserstein distance (ワッサースタイン距離) while ||g|| stays near 1.
+The text writes D for the critic C. mean(C(x, c)) - mean(C(G(z, c), c)), logged as W, is at most the
+Wasserstein distance (ワッサースタイン距離) between the real and the generated images of a class,
+averaged over the classes, where ||g|| is at most 1 everywhere.
 
     python 04_cgan.py                                   grids: a row per class, a column per z
     python 04_cgan.py --from runs/04_cgan-mnist-0001 --class 3
@@ -21,7 +22,7 @@ Wasserstein distance (ワッサースタイン距離) while ||g|| stays near 1.
 Differs from the text: every critic step draws a real batch of its own (erratum 10), so an epoch
 reads the data n_critic times; the epoch line shows means over the epoch (11.4.2 prints the last
 batch); the penalty is computed in a faster way, explicit_terms. --penalty autograd is the text's
-way, gradient_penalty.
+way, gradient_penalty, here without the factor lambda, which critic_step has.
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -144,11 +145,13 @@ def generator_step(generator, critic, optimizer, z, c):                         
 
 # ---------------------------------------------------------------------------------- same, faster
 # What critic_step takes from the critic, without a second-order derivative (--penalty explicit).
-# Near any x the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each
-# unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the gradient is a
-# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it by the W; for S, which a small
-# change of the weights does not change, the derivative is 0. Further, W1 x_hat + b1 lies between
-# the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md derives it.
+# Near any x the critic is linear: C(x, c) = w4 S3 W3 S2 W2 S1 W1 x + ..., where W1 is the part of
+# the first layer that reads the image (the label's part only shifts the layer's output) and S is
+# diagonal: each unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the
+# gradient is a product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it with respect to
+# the W. A small change of the weights leaves S as it is, so that its derivative is 0. Further, the
+# first layer's output at x_hat lies between those at real and fake, which their scores need anyway.
+# docs/performance.md derives it.
 def explicit_terms(critic, real, fake, c):                                            # 11.4
     """W, the penalty and the mean norm of critic_step; real, fake: [N, 1, 28, 28]."""
     layer1, layer2, layer3, layer4 = critic.model[::3]  # between them LeakyReLU and Dropout
@@ -162,7 +165,8 @@ def explicit_terms(critic, real, fake, c):                                      
         return torch.where(a > 0, 1.0, 0.3) * dropout.mask(a)
 
     with torch.no_grad():
-        a1 = torch.lerp(a[n:], a[:n], torch.rand(n, 1, device=a.device))    # W1 x_hat + b1
+        # The first layer's output at x_hat: W1 x_hat + W_label c + b1 (11.4)
+        a1 = torch.lerp(a[n:], a[:n], torch.rand(n, 1, device=a.device))
         s1 = slope(a1)
         s2 = slope(a2 := layer2(a1 * s1))   # a1 * s1: what LeakyReLU and Dropout make of a1
         s3 = slope(layer3(a2 * s2))
@@ -190,7 +194,8 @@ def main(argv=None):
     data = common.prepare(args)
     generator = Generator(args.latent_dim).to(args.device)
     critic = Critic().to(args.device)
-    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
+    betas = args.beta1, args.beta2
+    # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, betas, fused=True)
 

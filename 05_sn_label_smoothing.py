@@ -7,7 +7,8 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
                                                             largest singular value (最大特異値),
                                                             found by power iteration: one step per
                                                             forward pass in training (演習問題3)
-    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2         BCE(D, t) = -t log D - (1 - t) log(1 - D)
+    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2          BCE(D, t) =
+                                                            -t log D - (1 - t) log(1 - D)
     L_G = mean(BCE(D(G(z)), 1))                             non-saturating, never smoothed
 
     --spectral-norm on | off                 every layer of D divided by its largest singular value
@@ -22,6 +23,7 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
     python 05_sn_label_smoothing.py                         spectral normalisation, no other cure
     python 05_sn_label_smoothing.py --spectral-norm off     all off: the loss of 02, another D
     python 05_sn_label_smoothing.py --dataset gaussians --minibatch-discrimination on
+                                                            8 Gaussians (実装例3's, halved)
 
 At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
 (erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further
@@ -76,7 +78,8 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """実装例6 (識別器, SpectralNormDiscriminator): images [N, 1, 28, 28] -> logits [N, 1].
 
-    2,755,009 parameters (erratum 30). normalise: spectral_norm, or nn.Identity() for none.
+    2,755,009 parameters (erratum 30). normalise: spectral_norm, or nn.Identity(), which returns
+    the layer as it is.
     """
 
     def __init__(self, normalise=spectral_norm, minibatch=False):
@@ -115,7 +118,7 @@ class PointsDiscriminator(nn.Sequential):
 
 
 class MinibatchDiscrimination(nn.Module):
-    """Features f [N, A] -> [N, A + ROWS]: each sample gets ROWS numbers: how close the others are.
+    """Features f [N, A] -> [N, A + ROWS]: ROWS numbers per sample say how close the others are.
 
     arXiv 1606.03498, 3.2: M = T(f) has ROWS rows of ROW_DIM numbers, and for sample i and row b
     o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums over j; the mean differs by a factor
@@ -247,7 +250,8 @@ def main(argv=None):
     layout = dict(device=args.device, memory_format=torch.channels_last)    # faster convolutions
     generator = make_generator(args.latent_dim).to(**layout)
     discriminator = make_discriminator(normalise, minibatch).to(**layout)
-    betas = args.beta1, args.beta2                  # fused=True: a faster Adam
+    betas = args.beta1, args.beta2
+    # fused=True: a faster Adam
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 

@@ -7,7 +7,7 @@ Text: chapter 3, section 3.5 (実装例7), 演習問題4.
                                                         mu, sigma: per channel of each sample
     x <- LeakyReLU(AdaIN(conv(x) + strength noise, w))  twice per block, the order of the listing
     L_D = mean(softplus(D(G(z))) + softplus(-D(x))) + r1_weight / 2 mean(||grad_x D(x)||^2)
-    L_G = mean(softplus(-D(G(z))))                      D: here the logit l, no probability;
+    L_G = mean(softplus(-D(G(z))))                      D: here the logit l, not a probability;
                                                         softplus(-l) = -log sigmoid(l): L_G of 02;
                                                         L_D: the sum of two terms, 02's their mean;
                                                         the epoch line has sigmoid(l) as D
@@ -39,10 +39,10 @@ from torch.nn.utils.parametrize import register_parametrization
 # ------------------------------------------------------------------------------- hyperparameters
 # From StyleGAN: the betas, the mapping network's rate and, nearly, the half-life of the moving
 # average of G that is sampled (ema_decay): 346 steps or 11,000 images, there 10,000. The rest is
-# ours: of what we tried, it gave the most varied digits (docs/results.md). In short trainings G
-# learned more slowly with the text's 512 latent dimensions. With a faster mapping network w keeps
-# only one or two of its dimensions. An epoch is N // batch steps; a last, smaller batch is left
-# out.
+# ours, chosen for varied digits (docs/results.md). In short trainings G learned more slowly with
+# the text's 512 latent dimensions. With a higher rate of the mapping network the w of different z
+# soon differ in one or two directions only. An epoch is N // batch steps; a last, smaller batch is
+# left out.
 CONSTANTS = {
     "stylegan": dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0.0, beta2=0.99,
                      latent_dim=128, image_size=32, channels=1, width=64, progressive="on",
@@ -102,8 +102,8 @@ def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_aft
     """LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise); shaped as x.
 
     x: [N, C, H, W]; scale (with its "1 +"), bias: [N, C]; noise: [N or 1, 1, H, W], its strength
-    [1] or [C]. A slope of 1 is no LeakyReLU. The listing has one after the normalisation, which is
-    all that this script uses; StyleGAN has it before, slope_before (erratum 36), for your trials.
+    [1] or [C]. A slope of 1 means no LeakyReLU. The listing has one after the normalisation, which
+    is all that this script uses. StyleGAN has it before (erratum 36): try it with slope_before.
     """
     if noise is not None:
         x = x + strength[:, None, None] * noise     # [N, C, H, W]: one map for all channels
@@ -292,9 +292,12 @@ def generator_loss(fake_logits):
 
 
 def r1_penalty(real_logits, real):
-    """R1 (arXiv 1801.04406): mean ||grad_x D(x)||^2; the images must require gradients."""
-    # The sum, as in 03. The minibatch deviation lets a logit depend on the other samples a little,
-    # so that this is R1 only nearly.
+    """R1 (arXiv 1801.04406): mean ||grad_x D(x)||^2; the images must require gradients.
+
+    It pulls D's slope at real images to 0; the penalty of 3.4 pulls it to 1 between real and fake.
+    """
+    # The sum, as in 03. The minibatch deviation makes a logit depend slightly on the other samples,
+    # so that this is R1 only approximately.
     gradient = torch.autograd.grad(real_logits.sum(), real, create_graph=True)[0]
     return gradient.square().sum((1, 2, 3)).mean()
 
@@ -442,7 +445,8 @@ def main(argv=None):
                  *generator.to_rgb.parameters()]
     groups = [{"params": synthesis},
               {"params": generator.mapping.parameters(), "lr": args.lr_g * MAPPING_RATE}]
-    betas = args.beta1, args.beta2                  # fused=True: a faster Adam, no kernel of csrc/
+    betas = args.beta1, args.beta2
+    # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(groups, args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 

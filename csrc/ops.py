@@ -171,7 +171,7 @@ def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_befor
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise): [N, C, H, W].
 
     mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
-    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 is no LeakyReLU. The noise gets no gradient. The result
+    [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 means no LeakyReLU. The noise gets no gradient. The result
     has x's dtype or, of several as under autocast, the widest.
     """
     dtype = taken(*[t for t in (x, scale, bias, noise, strength) if t is not None])
