@@ -1,6 +1,7 @@
 """Compiles the kernels on first use, with torch.utils.cpp_extension, and keeps them in the user's cache folder."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -20,6 +21,8 @@ HERE = Path(__file__).parent
 SOURCES = {"cpu": ["binding.cpp", "cpu.cpp"], "cuda": ["binding.cpp", "cuda.cu"]}
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its guess at CUDA_HOME, which is not used
 WAIT = 120  # seconds at most for another process that compiles the same
+# NFS keeps the files of a loaded library, and so the folder.
+temporary_folder = functools.partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
 
 
 class Unavailable(Exception):
@@ -59,9 +62,16 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gan-scripts")
 
 
+def kept(pattern):
+    """The files of this name in the cache folder; none where it may not be looked into."""
+    with contextlib.suppress(OSError):
+        return list(cache_folder().glob(pattern))
+    return []
+
+
 def loaded(name):
     """Load a kept library; False if there is none. A damaged one is removed: half a library would crash Python."""
-    for path in cache_folder().glob(f"{name}-*.so"):
+    for path in kept(f"{name}-*.so"):
         with contextlib.suppress(OSError, RuntimeError):
             if path.stem == f"{name}-{digest(path.read_bytes())}":
                 torch.ops.load_library(path)
@@ -74,7 +84,7 @@ def loaded(name):
 
 def remove_unused():
     """Remove what was compiled of other sources or for another torch, unless it was used in the last 30 days."""
-    for path in cache_folder().glob("gan_*"):
+    for path in kept("gan_*"):
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < time.time() - 30 * 24 * 60 * 60:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()  # a process that has it loaded keeps it
@@ -180,12 +190,14 @@ def only_one(name):
                     elif time.monotonic() > end:
                         raise
                     time.sleep(0.1)
-            for left in cache_folder().glob(f"{name}.*.build"):
+            for left in kept(f"{name}.*.build"):
                 shutil.rmtree(left, ignore_errors=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(".build", f"{name}.", cache_folder()))
-            Path(folder, "room").write_bytes(bytes(2**22))  # what compiling takes, and more
+            folder = stack.enter_context(temporary_folder(".build", f"{name}.", cache_folder()))
+            room = Path(folder, "room")
+            room.write_bytes(bytes(2**23))  # what compiling takes, and more
+            room.unlink()
         except OSError:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gan-kernels-"))
+            folder = stack.enter_context(temporary_folder(prefix="gan-kernels-"))
         yield Path(folder)
 
 

@@ -16,7 +16,7 @@ struct Penalty {                        // of per-sample gradients: rows = N, co
   void* d_gradient;                     // backward: [rows, columns]
 };
 
-// A row is cut into pieces, of some 1,024 elements or more, where the rows alone are too few to keep a large GPU busy:
+// A row is cut into pieces, of more than 512 elements, where the rows alone are too few to keep a large GPU busy:
 // 1,056 blocks of 256 threads are all that 132 multiprocessors hold at once (Hopper's H100 and H200).
 inline int64_t pieces(int64_t rows, int64_t columns) {
   const int64_t wanted = rows > 0 ? (1056 + rows - 1) / rows : 1, most = (columns + 1023) / 1024;

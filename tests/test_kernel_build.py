@@ -173,6 +173,7 @@ def compiled(nothing_cached, monkeypatch):
     said = []
 
     def load(name, sources, build_directory, **_):
+        assert "room" not in os.listdir(build_directory)
         said.append(subprocess.run([os.environ["CXX"], "a b"], text=True, capture_output=True, check=False).stdout)
         Path(build_directory, f"{name}.so").touch()
 
@@ -190,6 +191,22 @@ def test_a_full_disk_keeps_no_part(nothing_cached, compiled, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     build.load("cpu")
     assert [path.suffix for path in Path(nothing_cached, "gan-scripts").iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_looked_into(compiled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ("long" * 75)))
+    build.load("cpu")
+    assert "kernels cannot be kept in " in capsys.readouterr().out and len(compiled) == 1
+
+
+def test_a_folder_that_cannot_be_removed_loses_no_kernels(nothing_cached, compiled, monkeypatch):
+    """As on NFS, which keeps the files of a loaded library."""
+    def not_empty(path, **_):
+        raise OSError(39, "Directory not empty", path)
+
+    monkeypatch.setattr(os, "rmdir", not_empty)
+    build.load("cpu")
+    assert len(compiled) == 1
 
 
 def test_a_compiler_of_several_words(compiled, tmp_path, monkeypatch):
