@@ -80,13 +80,6 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked this process to end."""
-
-    def __init__(self, number=signal.SIGINT):
-        self.number = number
-
-
 class Output(io.FileIO):
     """A standard stream whose reader may go, or whose disk may fill: the training goes on without it."""
 
@@ -119,7 +112,7 @@ def guarded(main):
         main()
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + getattr(error, "number", signal.SIGINT)) from None
+        raise SystemExit(128 + (*error.args, signal.SIGINT)[0]) from None
     except Exception as error:  # noqa: BLE001
         size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
         if size or isinstance(error, MemoryError):
@@ -145,13 +138,13 @@ def interrupt(number, frame):
     if Run.current and Run.current.training:
         Run.current.signal = number
     else:
-        raise Interrupted(number)
+        raise KeyboardInterrupt(number)
 
 
 def stop_if_asked():
     """End a training that a signal has asked to end; called where nothing is half done."""
     if Run.current and Run.current.training and Run.current.signal:
-        raise Interrupted(Run.current.signal)
+        raise KeyboardInterrupt(Run.current.signal)
 
 
 def limit_memory():
@@ -573,7 +566,8 @@ class Run:
         self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
         if not RANK:
             self.lock = only_here(self.folder)
-            sweep(self.folder)
+            for left in self.folder.rglob("*.*.*.tmp"):  # half-written, by killed processes
+                left.unlink(missing_ok=True)
             self.samples.mkdir(exist_ok=True)
         if args.resume:
             self._restore()
@@ -622,7 +616,7 @@ class Run:
             if not RANK and self.history:
                 self._curves()
             print(f"interrupted after {self.epoch} epochs; to go on: {self._command('--resume')}", flush=True)
-            raise SystemExit(128 + getattr(error, "number", signal.SIGINT))
+            raise SystemExit(128 + (*error.args, signal.SIGINT)[0])
 
     def epochs(self):
         """One endless stream of (real, labels) batches per epoch; log, pictures and scores in between."""
@@ -643,7 +637,9 @@ class Run:
 
     def _command(self, flag):
         joined = [f"{flag}={self.folder}"] if str(self.folder).startswith("-") else [flag, str(self.folder)]
-        return shlex.join(["python", f"{self.args.script}.py", *joined])
+        started = Path(sys.argv[0])  # perhaps from another folder
+        script = started if started.stem == self.args.script else f"{self.args.script}.py"
+        return shlex.join(["python", str(script), *joined])
 
     def _due(self, interval):
         return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
@@ -666,7 +662,7 @@ class Run:
             if wish:
                 self.save_checkpoint()
             if wish == 2:
-                raise Interrupted(self.signal or signal.SIGTERM)
+                raise KeyboardInterrupt(self.signal or signal.SIGTERM)
         self.save_checkpoint()
 
     def record(self, quantities):
@@ -763,7 +759,8 @@ class Run:
         self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
         for name, draw in self.styles.items():
             draw(self.pipeline, path=self.samples / f"{name}.png")
-        save_film(sorted(self.samples.glob("epoch_*.png")), self.samples / "progress.gif")
+        pictures = sorted(self.samples.glob("epoch_*.png"), key=lambda path: int(path.stem.partition("_")[2]))
+        save_film(pictures, self.samples / "progress.gif")
 
     def _options(self):
         return {**vars(self.args), "batch_size": self.args.batch_size * RANKS}
@@ -832,25 +829,16 @@ def largest_of_ranks(wish):
 
 def only_here(folder):
     """A descriptor that holds the folder until it is closed; exits with code 2 where another process trains in it."""
-    with contextlib.suppress(ImportError):
+    try:
         import fcntl  # not on Windows
 
         lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            fail(f"another process is training in {folder}")
-        except OSError as error:  # a file system without locks
-            print(f"output  {folder} cannot be locked ({error.strerror}): start no second process in it")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
-
-
-def sweep(folder):
-    """Remove what killed processes left half-written in a run's folder."""
-    for path in [*folder.glob("*.*.*.tmp"), *folder.glob("samples/*.*.*.tmp")]:
-        if os.path.exists("/proc/self") and not os.path.exists(f"/proc/{path.suffixes[-2][1:]}"):
-            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        fail(f"another process is training in {folder}")
+    except (ImportError, OSError) as error:  # a system, or a file system, without locks
+        print(f"output  {folder} cannot be locked ({error}): start no second process in it")
 
 
 def packed(content):
