@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -85,7 +86,9 @@ class Output(io.FileIO):
 
     def write(self, data):
         with contextlib.suppress(OSError):
-            return super().write(data)
+            while (count := super().write(data)) is None:  # a full pipe whose other users want no waiting
+                select.select([], [self], [])
+            return count
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         if self.fileno() == 1:
             print(f"{Path(sys.argv[0]).name}: what it prints can no longer be written; it goes on", file=sys.stderr)
@@ -114,8 +117,8 @@ def guarded(main):
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + (*error.args, signal.SIGINT)[0]) from None
     except Exception as error:  # noqa: BLE001
-        size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
-        if size or isinstance(error, MemoryError):
+        if out_of_memory(error):
+            size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
             given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
             fail(f"there is too little memory{f' for another {size[1]}' * bool(size)}; "
                  f"lower {' or '.join(given or ['--batch-size'])}", 1 if Run.current and Run.current.step else 2)
@@ -145,6 +148,11 @@ def stop_if_asked():
     """End a training that a signal has asked to end; called where nothing is half done."""
     if Run.current and Run.current.training and Run.current.signal:
         raise KeyboardInterrupt(Run.current.signal)
+
+
+def out_of_memory(error):
+    """Whether that is what an exception says; torch raises a plain RuntimeError on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
 
 
 def limit_memory():
@@ -191,7 +199,7 @@ FLAGS = {  # of every script: group, help, what argparse is told of its value
     "--output-dir": (None, "folder that receives the run's folder", dict(metavar="DIR")),
     "--from": (None, "draw from this trained run (folder or checkpoint)", dict(dest="run", metavar="RUN")),
     "--resume": (None, "go on with this interrupted run, by default the script's newest; --epochs may grow",
-                 dict(nargs="?", const="", metavar="RUN")),
+                 dict(nargs="?", const=True, metavar="RUN")),
     "--batch-size": ("training", "samples per step", dict(type=number(int, at_least=2), metavar="N")),  # for BatchNorm
     "--lr-g": ("training", "Adam's learning rate, generator", RATE),
     "--lr-d": ("training", "Adam's learning rate, discriminator or critic", RATE),
@@ -236,7 +244,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, script, description, constants, image_sizes=(), kernels=None):
-        summary, _, details = description.partition("\n")
+        summary, _, details = (description or "").partition("\n")  # python -OO leaves out docstrings
         super().__init__(prog=Path(script).name, usage="python %(prog)s [flags]", description=summary, epilog=details,
                          allow_abbrev=False,
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
@@ -279,11 +287,14 @@ class Parser(argparse.ArgumentParser):
         self.given = set(given)
         if RANKS > 1 and given.keys() & {"run", "compare_kernels"}:
             fail("torchrun is for trainings; start this with python")
-        if "run" in given or "resume" in given:
-            read = self._options_of_run if "run" in given else self._options_to_resume
-            return argparse.Namespace(**read(given))
+        if {"run", "resume"} <= self.given:
+            fail("--from draws and --resume trains; give one of them")
+        if "run" in given:
+            return argparse.Namespace(**self._options_of_run(given))
         for name in sorted(self.drawing & self.given):
             fail(f"{self._flag(name)} needs a trained generator: name its run with --from RUN")
+        if "resume" in given:
+            return argparse.Namespace(**self._options_to_resume(given))
         dataset = given.get("dataset")
         if dataset in MIXTURES and "variant" in given:
             fail(f"{self._flag('variant')} {given['variant']} is for images; --dataset {dataset} has its own networks")
@@ -301,7 +312,9 @@ class Parser(argparse.ArgumentParser):
         try:
             options = load_checkpoint(path)["options"]
             script = options["script"]
-        except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
+        except Exception as error:  # whatever a damaged or foreign file raises
+            if out_of_memory(error):
+                raise
             fail(f"{flag}: {path} is not a checkpoint of these scripts, or damaged ({type(error).__name__})")
         if script != Path(self.prog).stem:
             fail(f"{flag}: {path} was trained by {script}.py; give it to that script")
@@ -323,11 +336,12 @@ class Parser(argparse.ArgumentParser):
     def _options_to_resume(self, given):
         folder, script = Path(given.get("output_dir", DEFAULTS["output_dir"])), Path(self.prog).stem
         found = sorted(folder.glob(f"{script}-*/checkpoint.pt"), key=os.path.getmtime)
-        if given["resume"] and "output_dir" in given:
+        named = given.pop("resume")
+        if named is not True and "output_dir" in given:
             fail("--resume RUN goes on in the folder of that run; leave out --output-dir")
-        if not (given["resume"] or found):
+        if named is True and not found:
             fail(f"--resume: there is no run of {script} in {folder}: name it, or say where it lies with --output-dir")
-        options, path = self._read("--resume", given.pop("resume") or found[-1])
+        options, path = self._read("--resume", found[-1] if named is True else named)
         if "digest" not in options:
             fail(f"--resume: {path} is of an older version, which cannot go on")
         here = {**given, "threads": torch.get_num_threads(), "ranks": RANKS}
@@ -566,8 +580,9 @@ class Run:
         self.final_latents = self.pipeline.latents(2500 if points else 16 * (args.classes or 16))
         if not RANK:
             self.lock = only_here(self.folder)
-            for left in self.folder.rglob("*.*.*.tmp"):  # half-written, by killed processes
-                left.unlink(missing_ok=True)
+            for left in [*self.folder.glob("*.*.[0-9]*.tmp"), *self.samples.glob("*.*.[0-9]*.tmp")]:
+                with contextlib.suppress(OSError):  # half-written, by killed processes
+                    left.unlink()
             self.samples.mkdir(exist_ok=True)
         if args.resume:
             self._restore()
@@ -639,7 +654,8 @@ class Run:
         joined = [f"{flag}={self.folder}"] if str(self.folder).startswith("-") else [flag, str(self.folder)]
         started = Path(sys.argv[0])  # perhaps from another folder
         script = started if started.stem == self.args.script else f"{self.args.script}.py"
-        return shlex.join(["python", str(script), *joined])
+        start = ["torchrun", "--nproc-per-node", str(RANKS)] if RANKS > 1 and flag == "--resume" else ["python"]
+        return shlex.join([*start, str(script), *joined])
 
     def _due(self, interval):
         return self.epoch == self.args.epochs or bool(interval) and self.epoch % interval == 0
@@ -759,8 +775,7 @@ class Run:
         self.pipeline.explore(dimensions, self.samples / "latent_walk.png", one_base=True)
         for name, draw in self.styles.items():
             draw(self.pipeline, path=self.samples / f"{name}.png")
-        pictures = sorted(self.samples.glob("epoch_*.png"), key=lambda path: int(path.stem.partition("_")[2]))
-        save_film(pictures, self.samples / "progress.gif")
+        save_film(self.samples, self.samples / "progress.gif")
 
     def _options(self):
         return {**vars(self.args), "batch_size": self.args.batch_size * RANKS}
@@ -809,9 +824,9 @@ class Run:
                 self.sums = {name: (total.to(device), count) for name, (total, count) in place["sums"].items()}
                 self.seconds, self.batches = place["seconds"], self.data.batches(self.args.batch_size)
                 self.batches.order, self.batches.position = place["order"].to(device), place["position"]
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001  whatever a damaged file raises
+        except Exception as error:  # whatever a damaged file raises
+            if out_of_memory(error):
+                raise
             fail(f"--resume: {self.args.resume} has no whole place in a training: it is a best.pt, damaged, "
                  f"or of an older version ({type(error).__name__})")
         if self.epoch >= self.args.epochs:
@@ -901,6 +916,8 @@ def sample_run(make_generator, shape, draw_noise, args, styles=None):
             pipeline.explore, [args.explore] * pipeline.rows, label=args.label)
     if args.styles:
         wishes |= {name: functools.partial(draw, pipeline) for name, draw in styles.items()}
+    if args.evaluate:  # before the pictures: it may refuse
+        evaluate_run(pipeline, run)
     for name, draw in wishes.items():
         label = "" if args.label is None else f"-class{args.label}"
         file = "" if run.name == "checkpoint.pt" else f"-{run.stem}"
@@ -909,8 +926,6 @@ def sample_run(make_generator, shape, draw_noise, args, styles=None):
             path.parent.mkdir(exist_ok=True)
         draw(path=path)
         print(path)
-    if args.evaluate:
-        evaluate_run(pipeline, run)
 
 
 def load_generator(generator, path, device):
@@ -923,7 +938,9 @@ def load_generator(generator, path, device):
         # assign: the memory layout, too, so that the pictures are the training's to the bit
         generator.load_state_dict({name: value.to(device) for name, value in state.items()}, assign=True)
         return int(checkpoint["epoch"])
-    except Exception:  # noqa: BLE001  whatever a damaged file raises
+    except Exception as error:  # whatever a damaged file raises
+        if out_of_memory(error):
+            raise
         fail(f"--from: the generator in {path} does not fit its own options, or has weights that are no finite "
              "numbers; the file is damaged, or of an older version")
 
@@ -1152,9 +1169,12 @@ def read_mnist(folder, prefix):
                 content = file.read(60_000 * size + 17)  # a byte more than MNIST: a small .gz may hold any number
             with tempfile.TemporaryDirectory() as unpacked:
                 plain = Path(unpacked, path.stem)
-                plain.write_bytes(content)
+                with written(plain, code=2):
+                    plain.write_bytes(content)
                 found.append(read(plain))
-        except Exception as error:  # noqa: BLE001  whatever gzip and torchvision raise on a damaged file
+        except Exception as error:  # whatever gzip and torchvision raise on a damaged file
+            if out_of_memory(error):
+                raise
             fail(f"{path} is missing, damaged or misnamed ({type(error).__name__}: {error}); mend it or fetch it again")
     images, labels = found
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
@@ -1282,6 +1302,8 @@ def read_folder(folder, image_size, channels, device):
 
 def square_pixels(image, image_size, channels):
     """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white."""
+    if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
+        raise ValueError("pixels of no known range")
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA")
@@ -1673,8 +1695,9 @@ def save_figure(figure, path):
     write_whole(path, content.getvalue())
 
 
-def save_film(pictures, path):
-    """A looping GIF of PNG files, the last one shown longer."""
+def save_film(samples, path):
+    """A looping GIF of a run's pictures of its epochs, the last one shown longer."""
+    pictures = sorted(samples.glob("epoch_*.png"), key=lambda picture: (len(picture.name), picture.name))
     frames = [Image.open(picture).convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
     content = io.BytesIO()
     frames[0].save(content, format="gif", save_all=True, append_images=frames[1:], loop=0,

@@ -58,8 +58,10 @@ def registered(device):
 
 
 def cache_folder():
-    """The user's, for what takes long to make; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gan-scripts")
+    """The user's, for what takes long to make; it may not exist yet. None can be made for a user without a home."""
+    home = os.path.expanduser("~/.cache")
+    folder = os.environ.get("XDG_CACHE_HOME") or (f"{os.devnull}/no-home" if home[0] == "~" else home)
+    return Path(folder, "gan-scripts")
 
 
 def kept(pattern):

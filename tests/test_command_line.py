@@ -209,6 +209,12 @@ def test_help_prints_in_any_encoding():
     assert process.returncode == 0 and "--gp-weight X" in process.stdout
 
 
+def test_a_script_without_its_docstring():
+    """As under python -OO."""
+    constants = {"row": dict(epochs=1)}
+    assert common.Parser("03_wgan_gp.py", None, constants).options(["--seed", "4"]).seed == 4
+
+
 def test_help_imports_nothing_slow():
     """torchvision, matplotlib and torch.compile's machinery take longer than torch itself: only a run needs them."""
     program = "import sys, common; print(sorted({'torchvision', 'matplotlib', 'torch._dynamo'} & set(sys.modules)))"

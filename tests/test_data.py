@@ -61,6 +61,14 @@ def test_fashion_mnist_has_a_folder_of_its_own(raw, tmp_path, capsys):
     assert common.load_data("fashion-mnist", tmp_path).name == "fashion-mnist"
 
 
+def test_no_room_for_unpacking_is_no_damage(raw, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert " cannot be written (" in expect_failure(capsys, "No space left on device", lambda: common.load_data("mnist", tmp_path))
+
+
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 BAD_FILES = {  # what is done to which file -> what the line must say beside its name
     "truncated": (IMAGES, lambda good: good[:-5], "23515"),

@@ -94,10 +94,12 @@ def test_unreadable_files_are_named_once_and_left_out(tmp_path, capsys):
     (tmp_path / "x" / "cut.png").write_bytes(content[:len(content) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "page.png").write_text("<html>")
+    for name, values in [("float.tiff", np.float32([[0, 1]])), ("long.tiff", np.int32([[0, 65536]]))]:
+        Image.fromarray(values).save(tmp_path / name)       # what is white in it?
     data = load(tmp_path, 28, 3)
     assert torch.equal(data.samples.permute(0, 2, 3, 1), torch.from_numpy(np.stack(kept)))
     line, = capsys.readouterr().out.splitlines()
-    assert line == f"data    3 unreadable files left out: empty.jpg, page.png, {Path('x', 'cut.png')}"
+    assert line == f"data    5 unreadable files left out: empty.jpg, float.tiff, long.tiff, page.png, {Path('x', 'cut.png')}"
     assert len(data.labels) == 2
 
 

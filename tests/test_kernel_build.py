@@ -199,6 +199,15 @@ def test_a_cache_that_cannot_be_looked_into(compiled, tmp_path, monkeypatch, cap
     assert "kernels cannot be kept in " in capsys.readouterr().out and len(compiled) == 1
 
 
+def test_nothing_is_kept_for_a_user_without_a_home(compiled, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    build.load("cpu")
+    assert "kernels cannot be kept in /dev/null/no-home/gan-scripts (" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_removed_loses_no_kernels(nothing_cached, compiled, monkeypatch):
     """As on NFS, which keeps the files of a loaded library."""
     def not_empty(path, **_):

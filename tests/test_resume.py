@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def refused(capsys, script, *arguments, code=2):
     (["--lr-g", 0.5], "--lr-g 0.5 is not the run's, which has 0.001"), (["--batch-size", 9], "--batch-size 9 is not the run's, which has 256"),
     (["--epochs", 1], "--epochs 1 is less than the run's 2"), ([], "complete after 2 epochs; a larger --epochs trains on"),
     (["--kernels", "reference"], "--kernels reference is not the run's, which has fused"),
-    (["--generate", 3], "--generate 3 is not the run's")])
+    (["--generate", 3], "--generate needs a trained generator"), (["--from", "no"], "--from draws and --resume trains; give one")])
 def test_what_a_resumed_run_may_not_change(finished, capsys, flags, wrong):
     before = {path: path.read_bytes() for path in finished.rglob("*.*")}
     assert wrong in refused(capsys, "03_wgan_gp", "--resume", finished, *flags)
@@ -196,7 +197,8 @@ def test_what_a_resumed_run_may_not_change(finished, capsys, flags, wrong):
 
 def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, monkeypatch):
     assert "there is no run of 03_wgan_gp in" in refused(capsys, "03_wgan_gp", "--resume", "--output-dir", tmp_path)
-    assert "does not exist" in refused(capsys, "03_wgan_gp", "--resume", tmp_path / "no")
+    for name in (tmp_path / "no", ""):      # "": a variable of the shell that is not set
+        assert "does not exist" in refused(capsys, "03_wgan_gp", "--resume", name)
     assert "leave out --output-dir" in refused(capsys, "03_wgan_gp", "--resume", finished, "--output-dir", tmp_path)
     assert "was trained by 03_wgan_gp.py" in refused(capsys, "01_vanilla_gan", "--resume", finished)
     more = ["--resume", finished, "--epochs", 3]
@@ -233,10 +235,13 @@ def test_the_newest_run_goes_on_for_more_epochs(tmp_path, capsys):
     for _ in range(2):
         run("03_wgan_gp", *SHORT, *constant)
     newest = tmp_path / "03_wgan_gp-gaussians-0002"
-    for file in ("log.jsonl.1.tmp", "samples/final.png.1.tmp"):     # left by a process that was killed; a 1 runs, too
+    notes = newest / "my notes"
+    notes.mkdir()
+    for file in ("log.jsonl.1.tmp", "samples/final.png.1.tmp", "my notes/a.b.1.tmp"):   # 1: a number that is in use again
         (newest / file).write_text("half")
     run("03_wgan_gp", "--resume", "--epochs", 4, "--output-dir", tmp_path)
-    assert not list(newest.rglob("*.tmp"))
+    assert [path.parent for path in newest.rglob("*.tmp")] == [notes]
+    shutil.rmtree(notes)
     assert "03_wgan_gp-gaussians-0002: 4 epochs of 3 generator steps, resumed after step 6" in capsys.readouterr().out
     run("03_wgan_gp", *SHORT[:2], "--epochs", 4, *SHORT[4:], *constant)
     resumed, whole = (content(tmp_path / f"03_wgan_gp-gaussians-000{number}") for number in (2, 3))
@@ -408,6 +413,48 @@ def test_a_folder_that_looks_like_a_flag(tmp_path, monkeypatch, capsys):
     command = capsys.readouterr().out.partition("more    python '../a copy/03_wgan_gp.py' ")[2]
     run("03_wgan_gp", *shlex.split(command))
     assert (tmp_path / "-x" / "a b" / "03_wgan_gp-gaussians-0001" / "samples" / "generated-64-seed0.png").exists()
+
+
+def test_several_processes_go_on_as_several(monkeypatch):
+    monkeypatch.setattr(common, "RANKS", 2)
+    run = Namespace(folder="runs/a", args=Namespace(script="03_wgan_gp"))
+    assert common.Run._command(run, "--resume") == "torchrun --nproc-per-node 2 03_wgan_gp.py --resume runs/a"
+    assert common.Run._command(run, "--from") == "python 03_wgan_gp.py --from runs/a"
+
+
+def test_a_full_pipe_that_does_not_block_is_waited_for():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        with open(os.dup(write), "wb", buffering=0) as fill:
+            while fill.write(bytes(1000)) or fill.write(b"1"):
+                pass
+        with common.Output(write, "w", closefd=False) as output:
+            reader = threading.Timer(0.1, os.read, (read, 2**20))
+            reader.start()
+            assert output.write(b"epoch") == 5
+            reader.join()
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_too_little_memory_is_no_damage(finished, monkeypatch):
+    """On the CPU torch raises a RuntimeError; `guarded` makes the line of it."""
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes")
+    load, calls = common.load_checkpoint, []
+
+    def too_large(path):
+        calls.append(path)
+        if len(calls) > loads:
+            raise error
+        return load(path)
+
+    monkeypatch.setattr(common, "load_checkpoint", too_large)
+    for loads, flags in [(0, ["--from", finished]), (1, ["--from", finished]), (1, ["--resume", finished, "--epochs", 3])]:
+        calls.clear()
+        with pytest.raises(RuntimeError, match="allocate"):
+            run("03_wgan_gp", *flags)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5])

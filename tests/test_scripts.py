@@ -73,6 +73,16 @@ def test_terminal(finished):
     assert process.stderr == ""
 
 
+def test_a_film_of_many_epochs_is_in_order(tmp_path):
+    epochs = [0, 2000, 9000, 10_000, 12_000]
+    for epoch in epochs:
+        Image.new("L", (8, 8), 20 + epoch // 100).save(tmp_path / f"epoch_{epoch:04d}.png")
+    common.save_film(tmp_path, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        shades = [(film.seek(frame), film.convert("L").getpixel((0, 0)))[1] for frame in range(film.n_frames)]
+    assert shades == [20 + epoch // 100 for epoch in epochs]
+
+
 def test_log_and_options(finished):
     script, dataset, folder, process = finished
     log = read_log(folder)
