@@ -36,9 +36,9 @@ from torch import nn
 # ------------------------------------------------------------------------------- hyperparameters
 # mlp: 11.3.2. conv: 3.4 with the batch of 64 that 3.6 recommends; its epochs are ours (実装例5
 # makes 3 steps of 32). points: ours, for --dataset gaussians, ring and grid; with lambda = 10 or at
-# constant learning rates the samples do not settle on narrow modes. An epoch is N // batch
-# generator steps, each after n_critic critic steps; a last, smaller batch is left out. gp_weight is
-# lambda (11.3.2: GradientPenaltyCoefficient, 実装例5: lambda_gp), n_critic 11.3.2's
+# constant learning rates fewer samples come to narrow modes (docs/results.md). An epoch is
+# N // batch generator steps, each after n_critic critic steps; a last, smaller batch is left out.
+# gp_weight is lambda (11.3.2: GradientPenaltyCoefficient, 実装例5: lambda_gp), n_critic 11.3.2's
 # CriticLearningNumber, lr_d the critic's rate. lr_decay=1.0: the rates fall to 0 over the whole
 # training. ema_decay: samples come from a moving average of G.
 CONSTANTS = {

@@ -73,7 +73,8 @@ TABLES = {
                  for script, all_flags in SETTINGS.items() for flags in all_flags],
     "cures-mnist": [(command, 0) for command in CURES.values() if command[:2] == "05"],
     "published": [(f"03_wgan_gp.py --dataset {mixture}", seed) for seed in range(3) for mixture in ("ring", "grid")]
-                 + [("03_wgan_gp.py --dataset grid" + SAME_TIME, 0)],
+                 + [("03_wgan_gp.py --dataset ring --lr-decay 0", 0), ("03_wgan_gp.py --dataset ring --gp-weight 10", 0),
+                    ("03_wgan_gp.py --dataset grid" + SAME_TIME, 0)],
 }
 
 GALLERY = {     # in docs/gallery: of which run, which picture
