@@ -120,7 +120,7 @@ def guarded(main):
         if out_of_memory(error):
             size = re.search(r"allocate (\d[\d.]* \w+)", str(error))
             given = [text.partition("=")[0] for text in sys.argv if text.partition("=")[0] in LARGE]
-            fail(f"there is too little memory{f' for another {size[1]}' * bool(size)}; "
+            fail(f"there is too little memory{f' for another {size[1]}' if size else ''}; "
                  f"lower {' or '.join(given or ['--batch-size'])}", 1 if Run.current and Run.current.step else 2)
         if RANKS > 1 and isinstance(error, RuntimeError):  # it lost another one, most often, which says why
             fail(f"process {RANK} of {RANKS} stopped: {str(error).partition(chr(10))[0]}", code=1)

@@ -10,12 +10,13 @@ import stat
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, run_script
+from conftest import ROOT, load_script
 from csrc import build, ops
 
 PROGRAM = "import torch; from csrc import ops; print(ops.choose('auto', 'cpu')); print(ops.KERNELS)"
@@ -156,17 +157,6 @@ def test_a_stopped_builder_is_not_waited_for_forever(tmp_path, quick):
         builder.communicate()
 
 
-@pytest.mark.parametrize("spoil, reason", [
-    (lambda cache: cache.write_text("a file where the folder should be"), "Not a directory"),
-    (lambda cache: (cache / "gan-scripts").symlink_to("/proc/self/fdinfo") if not cache.mkdir() else None, "")])
-def test_a_cache_that_takes_nothing(tmp_path, spoil, reason, quick):
-    """Root may write into read-only folders: here are ones that even root cannot write into."""
-    spoil(tmp_path / "cache")
-    output = finish(start(tmp_path / "cache", CXX=quick))
-    assert output[0] == "kernels compiling csrc/ for cpu, once" and output[2] == "fused, for cpu"
-    assert output[1].startswith(f"kernels cannot be kept in {tmp_path / 'cache' / 'gan-scripts'} (") and reason in output[1]
-
-
 @pytest.fixture
 def compiled(nothing_cached, monkeypatch):
     """Compiling takes no time and gives an empty file. Returns what the compiler said, each time."""
@@ -179,6 +169,18 @@ def compiled(nothing_cached, monkeypatch):
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     return said
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda cache: cache.write_text("a file where the folder should be"), "Not a directory"),
+    (lambda cache: (cache / "gan-scripts").symlink_to("/proc/self/fdinfo") if not cache.mkdir() else None, "")])
+def test_a_cache_that_takes_nothing(nothing_cached, compiled, capsys, spoil, reason):
+    """Root may write into read-only folders: here are ones that even root cannot write into."""
+    spoil(nothing_cached)
+    build.load("cpu")
+    compiling, kept = capsys.readouterr().out.splitlines()
+    assert compiling == "kernels compiling csrc/ for cpu, once" and len(compiled) == 1
+    assert kept.startswith(f"kernels cannot be kept in {nothing_cached / 'gan-scripts'} (") and reason in kept
 
 
 def test_a_full_disk_keeps_no_part(nothing_cached, compiled, monkeypatch):
@@ -306,21 +308,35 @@ def test_auto_falls_back_and_says_why(cause, nothing_cached, tmp_path, monkeypat
         assert "boom, it never works" in Path(line.split("see ")[1].rstrip(")")).read_text()
 
 
-def test_a_script_falls_back_or_leaves(tmp_path):
+def test_kernels_that_do_not_run(monkeypatch):
+    """Compiled, but for another GPU, or under an old driver."""
+    def penalty(gradient):
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(build, "load", lambda device: None)
+    monkeypatch.setattr(ops, "describe", lambda device: Namespace(penalty=penalty))
+    assert ops.choose("auto", "cpu").endswith("no fused ones (they do not run: no kernel image is available)") and ops.KERNELS == {}
+    with pytest.raises(build.Unavailable, match="they do not run"):
+        ops.choose("fused", "cpu")
+
+
+def test_a_script_falls_back_or_leaves(nothing_cached, tmp_path, monkeypatch, capsys):
     """auto trains on with one line; fused leaves with exit code 2 and nothing written; reference does not try."""
     def run(*flags):
-        return run_script("03_wgan_gp", *flags, "--dataset", "gaussians", "--epochs", 1, "--max-batches", 1, "--eval-interval", 0,
-                          "--output-dir", tmp_path / "runs",
-                          env={**os.environ, "CXX": "/no/such/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+        load_script("03_wgan_gp").main([*flags, "--dataset", "gaussians", "--epochs", "1", "--max-batches", "1", "--eval-interval", "0",
+                                        "--device", "cpu", "--output-dir", str(tmp_path / "runs")])
+        return capsys.readouterr().out.splitlines()[3]
 
-    failed = run("--kernels", "fused")
-    assert (failed.returncode, os.path.exists(tmp_path / "cache" / "gan-scripts")) == (2, False)
-    assert failed.stderr == ("03_wgan_gp.py: error: no fused kernels: no C++ compiler: /no/such/compiler is not on the PATH; "
-                             "install g++ or clang\n")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(SystemExit) as stop:
+        run("--kernels", "fused")
+    assert (stop.value.code, os.path.exists(nothing_cached / "gan-scripts")) == (2, False)
+    assert capsys.readouterr().err.endswith(": error: no fused kernels: no C++ compiler: /no/such/compiler is not on the PATH; "
+                                            "install g++ or clang\n")
     assert not list(tmp_path.glob("runs/*"))
-    assert run().stdout.splitlines()[3] == ("kernels reference: PyTorch's own operations, no fused ones (no C++ compiler: "
-                                            "/no/such/compiler is not on the PATH; install g++ or clang)")
-    assert run("--kernels", "reference").stdout.splitlines()[3] == "kernels reference: PyTorch's own operations, as asked"
+    assert run() == ("kernels reference: PyTorch's own operations, no fused ones (no C++ compiler: "
+                     "/no/such/compiler is not on the PATH; install g++ or clang)")
+    assert run("--kernels", "reference") == "kernels reference: PyTorch's own operations, as asked"
     for path in tmp_path.glob("runs/*/options.json"):
         assert json.loads(path.read_text())["kernels"] == "reference"
 
@@ -440,10 +456,11 @@ def test_what_nvcc_makes_for_all_architectures(tmp_path):
         check_what_nvcc_makes(nvcc, architecture, tmp_path)
 
 
-def test_nothing_is_compiled_for_a_run_that_cannot_begin(tmp_path):
+def test_nothing_is_compiled_for_a_run_that_cannot_begin(nothing_cached, tmp_path, capsys):
     """Data and batch size are checked before the kernels are compiled."""
     for flags, complaint in [(["--dataset", "mnist", "--data-dir", tmp_path], "--dataset mnist"),
                              (["--dataset", "gaussians", "--batch-size", "99999"], "--batch-size 99999 exceeds")]:
-        process = run_script("03_wgan_gp", *flags, "--output-dir", tmp_path, env={
-            **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
-        assert process.returncode == 2 and complaint in process.stderr and "kernels" not in process.stdout
+        with pytest.raises(SystemExit) as stop:
+            load_script("03_wgan_gp").main([*map(str, flags), "--output-dir", str(tmp_path)])
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and complaint in said.err and "kernels" not in said.out and not nothing_cached.exists()

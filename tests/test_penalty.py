@@ -1,5 +1,7 @@
 """The gradient penalty of 03 and 04 against closed forms."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -70,6 +72,12 @@ def test_xhat_lies_between_real_and_fake(script):
     ordered = epsilon[:, 0].sort().values
     assert 0 <= ordered[0] and ordered[-1] <= 1
     assert (ordered - torch.linspace(0, 1, 4000)).abs().max() < 0.03      # Kolmogorov's distance; 1 % would exceed 0.026
+
+
+def test_the_formula_of_04_is_that_of_03():
+    """Its decorator, by which the fused kernel serves it, included."""
+    first, second = (load_script(script).penalty_of for script in ("03_wgan_gp", "04_cgan"))
+    assert inspect.getsource(first) == inspect.getsource(second) and first.kernel == second.kernel == "penalty"
 
 
 def terms(script, critic, real, fake, explicit):

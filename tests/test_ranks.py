@@ -66,8 +66,19 @@ class Fixed:
 
 
 def train(script, folder, *flags):
-    """A training; at its end each process keeps its generator's weights in `folder`. With STOP=N rank 0 gets a SIGTERM in step N."""
-    leave, steps = common.Run.__exit__, common.Run.steps
+    """A training; at its end each process keeps what it had in `folder`. With STOP=N rank 0 gets a SIGTERM in step N."""
+    leave, steps, record, recorded, noise = common.Run.__exit__, common.Run.steps, common.Run.record, [], []
+    module = load_script(script)
+    draw = module.generate_noise
+
+    def recording(run, quantities):
+        recorded.extend((run.epoch, name, value.item()) for name, value in quantities.items())
+        record(run, quantities)
+
+    def drawing(count, args, device, rng=None):
+        z = draw(count, args, device, rng)
+        noise.extend([z] if rng is None else [])
+        return z
 
     def stopping(run):
         for _ in steps(run):
@@ -76,11 +87,12 @@ def train(script, folder, *flags):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def keep(run, *error):
-        torch.save(dict(run.state["generator"].named_parameters()), f"{folder}/{common.RANK}.pt")
+        weights = {name: value.detach() for name, value in run.state["generator"].named_parameters()}
+        torch.save({"weights": weights, "recorded": recorded, "noise": noise}, f"{folder}/{common.RANK}.pt")
         return leave(run, *error)
 
-    common.Run.__exit__, common.Run.steps = keep, stopping
-    common.guarded(lambda: load_script(script).main(list(flags)))
+    common.Run.__exit__, common.Run.steps, common.Run.record, module.generate_noise = keep, stopping, recording, drawing
+    common.guarded(lambda: module.main(list(flags)))
 
 
 if __name__ == "__main__":  # one of the processes of the tests below
@@ -89,16 +101,27 @@ if __name__ == "__main__":  # one of the processes of the tests below
         train(*arguments)
     else:
         torch.distributed.init_process_group("gloo")
-        torch.save(one_step(task, slice(common.RANK, None, common.RANKS)), f"{arguments[0]}/{common.RANK}.pt")
+        for script in arguments:
+            torch.save(one_step(script, slice(common.RANK, None, common.RANKS)), f"{task}/{script}-{common.RANK}.pt")
 
 
-@pytest.mark.parametrize("script", ["03_wgan_gp", "06_stylegan_blocks"])
-def test_two_halves_give_the_gradients_of_the_whole(script, tmp_path, monkeypatch):
-    process = torchrun(__file__, script, tmp_path)
+STEPS = ["03_wgan_gp", "06_stylegan_blocks"]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """A folder with what one step of each script gave in two processes."""
+    folder = tmp_path_factory.mktemp("steps")
+    process = torchrun(__file__, folder, *STEPS)
     assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("script", STEPS)
+def test_two_halves_give_the_gradients_of_the_whole(script, halves, monkeypatch):
     monkeypatch.setattr(load_script(script), "torch", torch)  # put back what one_step replaces
     whole = one_step(script, slice(None))
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(halves / f"{script}-{rank}.pt") for rank in (0, 1))
     assert sum(gradient.abs().max() > 1e-4 for gradient in whole.values()) > len(whole) / 2
     for name, gradient in whole.items():
         assert torch.equal(first[name], second[name]), "both make the same step"
@@ -130,13 +153,20 @@ def test_one_run_of_two_processes(script, flags, tmp_path):
                        "--device", "cpu", "--eval-interval", 0, "--output-dir", tmp_path / "runs", *flags)
     assert process.returncode == 0, process.stderr
     folder, = (tmp_path / "runs").iterdir()
-    assert unchanged(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))), "both have the same weights"
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert unchanged(first["weights"], second["weights"]), "both have the same weights"
+    assert first["noise"] and not any(torch.equal(a, b) for a in first["noise"] for b in second["noise"]), "each draws its own"
     lines = process.stdout.splitlines()
     assert len([line for line in lines if line.startswith("epoch")]) == 2 and lines[1].endswith(", 2 processes")
     assert sum("60000 samples" in line and line.endswith("batch 16") for line in lines) == 1
     options = json.loads((folder / "options.json").read_text())
     assert (options["batch_size"], options["ranks"]) == (16, 2)
-    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [2, 4]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [2, 4]
+    for row in log:  # the mean over both processes
+        for name in {name for _, name, _ in first["recorded"]}:
+            values = [value for epoch, key, value in first["recorded"] + second["recorded"] if (epoch + 1, key) == (row["epoch"], name)]
+            assert row[name] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6), name
     assert (folder / "samples" / "final.png").exists()
     drawn = run_script(script, "--from", folder)
     assert drawn.returncode == 0, drawn.stderr
@@ -157,7 +187,8 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("flags, wrong", [(["--batch-size", 15], "--batch-size 15"), (["--from", "run"], "torchrun is for trainings")])
-def test_refused(flags, wrong, tmp_path):
-    process = torchrun("03_wgan_gp.py", "--dataset", "digits", "--output-dir", tmp_path, *flags)
-    assert process.returncode != 0 and not list(tmp_path.iterdir())
-    assert f"\n03_wgan_gp.py: error: {wrong}" in f"\n{process.stderr}"  # torchrun adds a report of its own
+def test_refused(flags, wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RANKS", 2)
+    with pytest.raises(SystemExit) as stop:
+        load_script("03_wgan_gp").main(["--dataset", "digits", "--output-dir", str(tmp_path), *map(str, flags)])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir()) and f": error: {wrong}" in capsys.readouterr().err

@@ -6,6 +6,7 @@ trains a script twice, once undisturbed and once hit by these signals at random 
 from this one, which has imported everything and uses one thread. It is what the tests below start.
 """
 
+import io
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT, SCRIPTS, load_script  # puts common on the path
 
@@ -39,13 +41,13 @@ CASES = {  # flags that bring every part of a checkpoint into play
 
 
 class Scorer:
-    """The image scorer's place, without its classifier."""
+    """The image scorer's place, without its classifier. The first epoch is the best."""
 
     count, against, about, floor_name, floor, curves = 9, "nothing", {}, "nothing", {"FD": 0.0}, [("distance", ["FD"])]
 
     def __call__(self, pipeline):
         distance = pipeline(*pipeline.latents(9)).mean().item()
-        return {"FD": distance, "FD_held_out": distance}
+        return {"FD": distance, "FD_held_out": float(common.Run.current.epoch)}
 
 
 def train(script, folder, arguments, number=None, fatal=0, delay=0.0):
@@ -157,7 +159,7 @@ def test_killed_and_resumed(script, seed, signals, tmp_path):
     assert plain.keys() == torn.keys(), "no file is missing, none is left over"
     assert [name for name in plain if plain[name] != torn[name]] == []
     assert len(plain["log.jsonl"]) == 3 and any(name.endswith("final.png") for name in plain)
-    assert any(name.startswith("best.pt") for name in plain) == (script == "02_dcgan")
+    assert plain.get("best.pt:.epoch") == (1 if script == "02_dcgan" else None)
 
 
 def run(script, *arguments):
@@ -165,6 +167,18 @@ def run(script, *arguments):
 
 
 SHORT = ["--dataset", "gaussians", "--epochs", 2, "--max-batches", 3, "--eval-interval", 0, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_figures():
+    """Plots in this process are small pictures of nothing: they take most of the time of so short a run."""
+    def save(figure, path):
+        Image.new("L", (8, 8)).save(content := io.BytesIO(), "png")
+        common.write_whole(path, content.getvalue())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_figure", save)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +220,9 @@ def test_resume_needs_the_run_and_its_surroundings(finished, tmp_path, capsys, m
         patch.setattr(torch, "get_num_threads", lambda: 77)
         assert re.search(r"threads 77 is not the run's, which has \d+.*; set OMP_NUM_THREADS=\d+$", refused(capsys, "03_wgan_gp", *more))
     with monkeypatch.context() as patch:
+        patch.setattr(common, "RANKS", 2)
+        assert "ranks 2 is not the run's, which has 1" in refused(capsys, "03_wgan_gp", *more)
+    with monkeypatch.context() as patch:
         patch.setitem(common.MIXTURES, "gaussians", (common.MIXTURES["gaussians"][0], 0.051))
         assert "are not those that the run was trained on" in refused(capsys, "03_wgan_gp", *more)
         assert "is not what the run was trained on" in refused(capsys, "03_wgan_gp", "--from", finished, "--evaluate")
@@ -230,11 +247,14 @@ def test_labels_count_where_there_are_classes():
     assert data.digest() == other.digest() and data.digest(8) != other.digest(8)
 
 
-def test_the_newest_run_goes_on_for_more_epochs(tmp_path, capsys):
-    constant = ["--lr-decay", 0, "--output-dir", tmp_path]  # rates that fall to the end fall faster in a shorter training
-    for _ in range(2):
-        run("03_wgan_gp", *SHORT, *constant)
-    newest = tmp_path / "03_wgan_gp-gaussians-0002"
+def test_the_newest_run_goes_on_for_more_epochs(tmp_path, monkeypatch, capsys):
+    """The one that was saved last, with its best.pt, which is that of the first epoch."""
+    monkeypatch.setattr(common, "make_scorer", lambda args: Scorer())
+    constant = ["--eval-interval", 1, "--lr-decay", 0, "--output-dir", tmp_path]  # rates that fall to the end fall faster in a shorter training
+    run("03_wgan_gp", *SHORT, *constant)
+    newest, older = (tmp_path / f"03_wgan_gp-gaussians-000{number}" for number in (1, 2))
+    shutil.copytree(newest, older)
+    os.utime(older / "checkpoint.pt", (0, 0))
     notes = newest / "my notes"
     notes.mkdir()
     for file in ("log.jsonl.1.tmp", "samples/final.png.1.tmp", "my notes/a.b.1.tmp"):   # 1: a number that is in use again
@@ -242,15 +262,15 @@ def test_the_newest_run_goes_on_for_more_epochs(tmp_path, capsys):
     run("03_wgan_gp", "--resume", "--epochs", 4, "--output-dir", tmp_path)
     assert [path.parent for path in newest.rglob("*.tmp")] == [notes]
     shutil.rmtree(notes)
-    assert "03_wgan_gp-gaussians-0002: 4 epochs of 3 generator steps, resumed after step 6" in capsys.readouterr().out
+    assert f"{newest.name}: 4 epochs of 3 generator steps, resumed after step 6" in capsys.readouterr().out
     run("03_wgan_gp", *SHORT[:2], "--epochs", 4, *SHORT[4:], *constant)
-    resumed, whole = (content(tmp_path / f"03_wgan_gp-gaussians-000{number}") for number in (2, 3))
-    assert len(resumed["log.jsonl"]) == 4 and {name for name in whole if whole[name] != resumed.get(name)} == set()
+    resumed, whole = (content(tmp_path / f"03_wgan_gp-gaussians-000{number}") for number in (1, 3))
+    assert len(resumed["log.jsonl"]) == 4 and resumed["best.pt:.epoch"] == 1 and {name for name in whole if whole[name] != resumed.get(name)} == set()
 
 
 @pytest.mark.parametrize("nth, error", [*((nth, OSError(28, "No space left on device")) for nth in (2, 5, 8, 12, 15)),
                                         (7, OSError(30, "Read-only file system"))])
-def test_a_full_disk_costs_nothing_that_exists(tmp_path, monkeypatch, capsys, nth, error):
+def test_a_full_disk_costs_nothing_that_exists(finished, tmp_path, monkeypatch, capsys, nth, error):
     """The nth file cannot be written: one line, code 1, the files before it whole, and the run goes on once there is room."""
     calls, fsync = [], os.fsync
 
@@ -273,8 +293,7 @@ def test_a_full_disk_costs_nothing_that_exists(tmp_path, monkeypatch, capsys, nt
     elsewhere = folder.rename(tmp_path / "elsewhere")  # as a run that was copied to another machine, with another torch
     run("03_wgan_gp", "--resume", elsewhere)
     assert "so far: what follows is not the same to the bit" in capsys.readouterr().out
-    run("03_wgan_gp", *SHORT, "--output-dir", tmp_path)
-    assert content(elsewhere) == content(folder)
+    assert content(elsewhere) == content(finished)
 
 
 def test_the_run_s_folder_is_deleted(tmp_path, monkeypatch, capsys):
@@ -393,16 +412,15 @@ def script_in_shell(command, **environment):
 
 @pytest.mark.parametrize("redirection, errors", [("| head -1", 1), ("> /dev/full", 1), (">&- 2>&- <&-", 0)])
 def test_a_lost_stream_does_not_end_the_training(tmp_path, redirection, errors):
-    process = script_in_shell(f"{{run}} --output-dir {tmp_path} {redirection}")
-    assert process.returncode == 0 and len(process.stderr.splitlines()) == errors, process.stderr
-    assert torch.load(tmp_path / "03_wgan_gp-gaussians-0001" / "checkpoint.pt", weights_only=True)["step"] == 6
-
-
-def test_help_without_a_stream_and_names_beyond_the_encoding(tmp_path):
-    assert script_in_shell("{python} 03_wgan_gp.py --help >&-").stderr == ""
+    """Nor does a name beyond the terminal's encoding."""
     folder = tmp_path / "敵対的"
-    process = script_in_shell(f"{{run}} --output-dir {folder}", PYTHONIOENCODING="ascii")
-    assert (process.returncode, process.stderr) == (0, "") and (folder / "03_wgan_gp-gaussians-0001" / "samples" / "final.png").exists()
+    process = script_in_shell(f"{{run}} --output-dir {folder} {redirection}", PYTHONIOENCODING="ascii")
+    assert process.returncode == 0 and len(process.stderr.splitlines()) == errors, process.stderr
+    assert torch.load(folder / "03_wgan_gp-gaussians-0001" / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_help_without_a_stream():
+    assert script_in_shell("{python} 03_wgan_gp.py --help >&-").stderr == ""
 
 
 def test_a_folder_that_looks_like_a_flag(tmp_path, monkeypatch, capsys):
@@ -494,6 +512,26 @@ def test_too_little_memory_is_one_line(script, flags, advice, tmp_path):
     line, = process.stderr.splitlines()
     assert re.search(rf"error: there is too little memory( for another [\d.]+ \w+)?; lower {advice}$", line)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_in_mid_run(tmp_path, monkeypatch, capfd):
+    """1: the last checkpoint is good; too little from the start is 2."""
+    module = load_script("03_wgan_gp")
+    step, calls = module.generator_step, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return step(*arguments)
+
+    monkeypatch.setattr(module, "generator_step", failing)
+    monkeypatch.setattr(common, "limit_memory", lambda: None)
+    for name in ("stdout", "stderr"):  # put back what `guarded` replaces
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(lambda: run("03_wgan_gp", *SHORT, "--output-dir", tmp_path))
+    assert stop.value.code == 1 and capfd.readouterr().err.endswith("error: there is too little memory; lower --batch-size\n")
 
 
 @pytest.mark.slow

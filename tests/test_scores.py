@@ -211,13 +211,21 @@ def test_classifier_reads_99_percent(monkeypatch, tmp_path, capsys):
 def test_cache_of_classifiers(few_digits, monkeypatch, tmp_path, capsys):
     trained = []
     network = common.make_classifier().eval()
-    monkeypatch.setattr(common, "train_classifier", lambda images, labels: trained.append(len(images)) or network)
+
+    def train(images, labels):
+        trained.append(len(images))
+        torch.manual_seed(0)
+        return network
+
+    monkeypatch.setattr(common, "train_classifier", train)
     monkeypatch.setattr(common.inspect, "getsource", lambda function: recipe)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data, recipe = common.load_data("digits", "unused"), "one"
+    torch.manual_seed(1)
+    random = torch.get_rng_state()
     for _ in range(2):
         common.load_classifier(data)
-    assert len(trained) == 1
+    assert len(trained) == 1 and torch.equal(random, torch.get_rng_state()), "a training keeps its random numbers"
     recipe = "two"
     common.load_classifier(data)
     data.samples[5] += 1

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from conftest import SCRIPTS, load_script, snapshot, unchanged
+from conftest import SCRIPTS, load_script, snapshot, unchanged  # puts common on the path
+
+import common
 
 CASES = [("01_vanilla_gan", variant) for variant in ("bce", "two-logit", "keras", "points")] + [("02_dcgan", "dcgan")]
 CASES += [("03_wgan_gp", variant) for variant in ("mlp", "conv", "points")] + [("04_cgan", "cgan")]
@@ -29,9 +31,9 @@ class Setting:
         self.wasserstein = script in ("03_wgan_gp", "04_cgan")
         self.losses = (lambda kind: module.losses(variant, kind)) if script == "01_vanilla_gan" else None
 
-    def critic_step(self):
+    def critic_step(self, explicit=False):
         step = self.module.critic_step if self.wasserstein else self.module.discriminator_step
-        last = (10.0,) if self.wasserstein else ("none",) if hasattr(self.module, "LABELS") else ()
+        last = (10.0, explicit) if self.wasserstein else ("none",) if hasattr(self.module, "LABELS") else ()
         if self.losses:
             q, _, probability = self.losses("non-saturating")
             last = q, probability
@@ -83,8 +85,8 @@ def test_buffers_move_only_by_forward_passes(setting):
             assert all(dict(network.named_buffers())[name].item() == value + expected for name, value in counters.items())
 
 
-def expected_critic_loss(setting):
-    """Q of the text, written down anew, from the same random numbers as the step's."""
+def expected_of_critic(setting):
+    """What its step logs, the text's Q last, written down anew, from the same random numbers as the step's."""
     s, fake = setting, setting.generator(setting.z, *setting.labels).detach()
     real_score, fake_score = s.critic(s.real, *s.labels), s.critic(fake, *s.labels)
     if s.wasserstein:
@@ -92,27 +94,30 @@ def expected_critic_loss(setting):
         epsilon = torch.rand(len(s.real), *[1] * (s.real.dim() - 1))
         xhat = (epsilon * s.real + (1 - epsilon) * fake).requires_grad_()
         slopes, = torch.autograd.grad(s.critic(xhat, *s.labels).sum(), xhat, create_graph=True)
-        penalty = ((slopes.flatten(1).square().sum(1).sqrt() - 1) ** 2).mean()
-        return fake_score.mean() - real_score.mean() + 10 * penalty
-    if real_score.size(1) == 2:                            # log-probabilities of "real" and of "fake"
-        return -(real_score.log_softmax(1)[:, 1].mean() + fake_score.log_softmax(1)[:, 0].mean())
-    return -(real_score.sigmoid().log().mean() + (1 - fake_score.sigmoid()).log().mean()) / 2
+        norms, w = slopes.flatten(1).square().sum(1).sqrt(), real_score.mean() - fake_score.mean()
+        penalty = ((norms - 1) ** 2).mean()
+        return {"W": w, "penalty": penalty, "grad_norm": norms.mean(), "loss_C": -w + 10 * penalty}
+    real, fake = (score.softmax(1)[:, 1] if score.size(1) == 2 else score.sigmoid() for score in (real_score, fake_score))
+    right = {"acc_D": ((real > 0.5).float().mean() + (fake <= 0.5).float().mean()) / 2} if s.losses else {}
+    loss = -(real.log().mean() + (1 - fake).log().mean()) / (3 - real_score.size(1))     # two logits: the sum
+    return {"D(x)": real.mean(), "D(G(z))": fake.mean(), **right, "loss_D": loss}
 
 
-def expected_generator_loss(setting, kind="non-saturating"):
-    """P of the text, written down anew."""
+def expected_of_generator(setting, kind="non-saturating"):
+    """The same of its step and the text's P."""
     score = setting.critic(setting.generator(setting.z, *setting.labels), *setting.labels)
     if setting.wasserstein:
-        return -score.mean()
+        return {"loss_G": -score.mean()}
     real = score.softmax(1)[:, 1] if score.size(1) == 2 else score.sigmoid()
-    return (1 - real).log().mean() if kind == "saturating" else -real.log().mean()
+    fooled = {"acc_G": (real > 0.5).float().mean()} if setting.losses else {}
+    return {**fooled, "loss_G": (1 - real).log().mean() if kind == "saturating" else -real.log().mean()}
 
 
-def check_step(network, expected, step, name):
-    """The step returns the expected loss and leaves its gradient in the network."""
-    gradients = torch.autograd.grad(expected, list(network.parameters()), allow_unused=True)
+def check_step(network, expected, step):
+    """The step returns what is expected and leaves the gradient of the loss, which comes last, in the network."""
+    gradients = torch.autograd.grad([*expected.values()][-1], list(network.parameters()), allow_unused=True)
     torch.manual_seed(7)
-    torch.testing.assert_close(step()[name], expected)
+    torch.testing.assert_close(step(), expected)
     for gradient, parameter in zip(gradients, network.parameters(), strict=True):
         if gradient is not None:
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
@@ -120,23 +125,15 @@ def check_step(network, expected, step, name):
 
 def test_critic_step_descends_the_text_s_cost(setting):
     setting.generator.eval(), setting.critic.eval()        # without dropout and batch statistics both are functions
-    check_step(setting.critic, expected_critic_loss(setting), setting.critic_step,
-               "loss_C" if setting.wasserstein else "loss_D")
+    for explicit in [False, True] if hasattr(setting.module, "explicit_terms") and hasattr(setting.critic, "model") else [False]:
+        check_step(setting.critic, expected_of_critic(setting), lambda explicit=explicit: setting.critic_step(explicit))
 
 
 def test_generator_step_descends_the_text_s_cost(setting):
     setting.generator.eval(), setting.critic.eval()
     kinds = [("non-saturating",), ("saturating",)] if setting.losses else [()]
     for kind in kinds:
-        check_step(setting.generator, expected_generator_loss(setting, *kind),
-                   lambda kind=kind: setting.generator_step(*kind), "loss_G")
-
-
-def test_reported_wasserstein_estimate():
-    """W = mean C(x) - mean C(G(z)): positive when the critic prefers the real."""
-    setting = Setting("03_wgan_gp", "points")
-    expected = setting.critic(setting.real).mean() - setting.critic(setting.generator(setting.z)).mean()
-    torch.testing.assert_close(setting.critic_step()["W"], expected)
+        check_step(setting.generator, expected_of_generator(setting, *kind), lambda kind=kind: setting.generator_step(*kind))
 
 
 def test_conditions_cover_every_class():
@@ -168,12 +165,18 @@ def test_saturating_gradient_is_smaller_when_fakes_are_found_out():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path):
-    """Erratum 10: five critic steps per generator step, five real batches, five z; and a new z for G in all scripts."""
+    """Erratum 10: five critic steps, then one of G, five real batches, five z; and a new z for G in all scripts."""
     module = load_script(script)
-    seen = {"real": [], "z": [], "critic labels": [], "generator labels": []}
+    seen, order = {"real": [], "z": [], "critic labels": [], "generator labels": []}, []
+    labels = torch.arange(1000) % 10
+    images = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8)
+    images[:, 0, 0, 0] = labels                             # of each image, to be seen in it
+    monkeypatch.setattr(common, "draw_digits", lambda split: (images, labels))
+    monkeypatch.setattr(common.Run, "_final_pictures", lambda run: None)
 
     def recorded(step, *names):
         def call(*arguments):
+            order.append(step.__name__)
             for name, value in zip(names, arguments[3:], strict=False):
                 seen[name].append(value.clone())
             return step(*arguments)
@@ -187,7 +190,10 @@ def test_every_step_has_its_own_batch_and_noise(script, monkeypatch, tmp_path):
     module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "2", "--batch-size", "8", "--eval-interval", "0",
                  *["--width", "32", "--latent-dim", "8"] * (script == "06_stylegan_blocks"), "--output-dir", str(tmp_path)])
     critic_steps = 10 if name == "critic_step" else 2
+    assert order == [*[name] * (critic_steps // 2), "generator_step"] * 2
     assert len(seen["real"]) == critic_steps and len(seen["z"]) == critic_steps + 2
     for values in (seen["real"], seen["z"], seen["critic labels"] + seen["generator labels"]):
         assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
-    assert len(seen["generator labels"]) == 2 * conditional
+    assert len(seen["generator labels"]) == 2 * conditional and len(seen["critic labels"]) == critic_steps * conditional
+    for real, c in zip(seen["real"], seen["critic labels"]):
+        assert torch.equal(((real[:, 0, 0, 0] + 1) * 127.5).round().long(), c), "each image has its own label"

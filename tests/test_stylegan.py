@@ -265,11 +265,13 @@ def test_steps_descend_their_losses_and_train_one_network_each(module, level):
     fake = g.synthesis(g.styles(setting.z)).detach()
     real = module.with_detail_of(level, setting.real).requires_grad_()
     slope, = torch.autograd.grad(d(real).sum(), real, create_graph=True)
-    expected = -(d(real).sigmoid().log().mean() + (1 - d(fake).sigmoid()).log().mean()) + 3 / 2 * (slope**2).flatten(1).sum(1).mean()
+    r1, d_real, d_fake = (slope**2).flatten(1).sum(1).mean(), d(real).sigmoid().mean(), d(fake).sigmoid().mean()
+    expected = -(d(real).sigmoid().log().mean() + (1 - d(fake).sigmoid()).log().mean()) + 3 / 2 * r1
     gradients = torch.autograd.grad(expected, list(d.parameters()), allow_unused=True)
     before, kept = snapshot(d.named_parameters()), snapshot(g.named_parameters())
     torch.manual_seed(5)
-    torch.testing.assert_close(setting.discriminator_step()["loss_D"], expected)
+    found = setting.discriminator_step()
+    torch.testing.assert_close(found, {"D(x)": d_real, "D(G(z))": d_fake, "r1": r1, "loss_D": expected})
     assert unchanged(kept, dict(g.named_parameters())) and all(part.grad is None for part in g.parameters())
     for gradient, (name, part) in zip(gradients, d.named_parameters(), strict=True):
         if gradient is None:
@@ -390,7 +392,7 @@ def test_learning_rates_fall_each_from_its_own(module, tmp_path, monkeypatch):
     step = module.generator_step
     monkeypatch.setattr(module, "generator_step", lambda generator, discriminator, optimizer, *rest: (
         rates.append([group["lr"] for group in optimizer.param_groups]), step(generator, discriminator, optimizer, *rest))[1])
-    monkeypatch.setattr(module, "STYLES", {})
+    monkeypatch.setattr(common.Run, "_final_pictures", lambda run: None)
     module.main(["--dataset", "digits", "--epochs", "1", "--max-batches", "4", "--batch-size", "4", "--width", "32", "--latent-dim", "8",
                  "--lr-decay", "1", "--device", "cpu", "--eval-interval", "0", "--output-dir", str(tmp_path)])
     assert [fast for fast, _ in rates] == pytest.approx([share * module.CONSTANTS["stylegan"]["lr_g"] for share in (1, 0.75, 0.5, 0.25)])
@@ -425,6 +427,8 @@ def test_training_grows_and_averages(run, module):
     assert levels == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2])]) and levels[0] < levels[-1] == 3
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert {"generator", "average", "discriminator", "optimizer_g", "optimizer_d"} < set(checkpoint)
+    for name, network in (("optimizer_g", module.Generator(**SMALL)), ("optimizer_d", module.Discriminator(32, 1, 32))):
+        assert len(checkpoint[name]["state"]) == len(list(network.parameters())), "every part of both was trained"
     torch.manual_seed(0)
     start, trained, average = module.Generator(**SMALL).constant, checkpoint["generator"]["constant"], checkpoint["average"]["constant"]
     way = (average - start).norm() / (trained - start).norm()
