@@ -28,7 +28,13 @@ TEXT = {  # the text's constants; (ours) where it has none
     ("05_sn_label_smoothing", "dcgan"): dict(batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100,
                                              spectral_norm="on", label_smoothing="none", minibatch_discrimination="off",
                                              ttur="off", n_critic=1),
-    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0, beta2=0.99, latent_dim=128, width=64, style_mixing_prob=0.1, ema_decay=0.998)}         # ours
+    ("06_stylegan_blocks", "stylegan"): dict(epochs=8, batch_size=32, lr_g=4e-3, lr_d=2e-3, beta1=0, beta2=0.99, latent_dim=128, width=64, style_mixing_prob=0.1, ema_decay=0.998,
+                                               progressive="on", r1_weight=3)}         # ours
+POINTS = {  # ours; 05 has 01's
+    "01_vanilla_gan": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, latent_dim=100, noise="normal"),
+    "03_wgan_gp": dict(epochs=40, batch_size=256, lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.9, latent_dim=100, noise="normal",
+                       gp_weight=1, n_critic=5, penalty="autograd", lr_decay=1, ema_decay=0.999)}
+POINTS["05_sn_label_smoothing"] = {name: value for name, value in POINTS["01_vanilla_gan"].items() if name != "noise"}
 
 
 @pytest.fixture
@@ -73,10 +79,11 @@ def test_auto_takes_the_best_device(monkeypatch, usable, expected):
     assert common.pick_device("auto") == expected
 
 
-@pytest.mark.parametrize("script", ["01_vanilla_gan", "03_wgan_gp", "05_sn_label_smoothing"])
+@pytest.mark.parametrize("script", POINTS)
 @pytest.mark.parametrize("dataset", ["gaussians", "ring", "grid"])
 def test_points_choose_their_own_row(options, script, dataset):
-    assert options(script, "--dataset", dataset)["variant"] == "points"
+    found = options(script, "--dataset", dataset)
+    assert found == {**found, "variant": "points", **POINTS[script]}
 
 
 @pytest.mark.parametrize("flag, values", {

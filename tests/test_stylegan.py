@@ -46,6 +46,7 @@ def test_counts_of_the_text(module):
     assert count(module.StyleGANGeneratorBlock(128, 64)) == 242_050
     assert count(module.AdaptiveInstanceNorm(64)) == 65_664 == 2 * (512 * 64 + 64)
     assert count(module.Generator(512, 32, 1, 256).blocks[3]) == 242_050, "at width 256 the last block is the text's"
+    assert (module.MAPPING_RATE, module.NOISE_START, module.GROWTH) == (0.01, 0.1, 0.5)
 
 
 @pytest.mark.parametrize("image_size, channels, width, expected", [
