@@ -23,7 +23,7 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
     python 05_sn_label_smoothing.py                         spectral normalisation, no other cure
     python 05_sn_label_smoothing.py --spectral-norm off     all off: the loss of 02, another D
     python 05_sn_label_smoothing.py --dataset gaussians --minibatch-discrimination on
-                                                            8 Gaussians (実装例3's, halved)
+                                                            実装例3's 8 Gaussians, halved
 
 At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
 (erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further

@@ -152,7 +152,8 @@ def stop_if_asked():
 
 def out_of_memory(error):
     """Whether that is what an exception says; torch raises a plain RuntimeError on the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
+    said = re.search("(cannot|can't|tried to) allocate", str(error), re.IGNORECASE)
+    return bool(said) or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def limit_memory():
@@ -1301,7 +1302,10 @@ def read_folder(folder, image_size, channels, device):
 
 
 def square_pixels(image, image_size, channels):
-    """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white."""
+    """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white.
+
+    Raises ValueError for floats and numbers of more than 16 bits: which of them is white is not known.
+    """
     if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
         raise ValueError("pixels of no known range")
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would cut off at 255
