@@ -27,7 +27,7 @@ step, on real and then on fake, generates its fakes in inference mode, and has K
 weights and 1e-7 as Adam's eps.
 """
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,13 @@ CONSTANTS = {
     "points": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                    latent_dim=100, noise="normal", generator_loss="non-saturating"),
 }
+
+FLAGS = [
+    ("training", "--variant", "networks, loss and constants (default: bce)",
+     dict(choices=["bce", "two-logit", "keras"])),
+    ("training", "--generator-loss", "P of the listings or of the formula",
+     dict(choices=["non-saturating", "saturating"])),
+]
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -119,31 +126,9 @@ class KerasGenerator(nn.Sequential):
             nn.Linear(1024, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28)))
 
 
-class PointsGenerator(nn.Sequential):
-    """For points, where the text has no network: z [N, latent_dim] -> points [N, 2], unbounded."""
-
-    def __init__(self, latent_dim=100):
-        super().__init__(
-            nn.Linear(latent_dim, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 2))                              # no Tanh: points lie outside [-1, 1]
-
-
-class PointsDiscriminator(nn.Sequential):
-    """For points: points [N, 2] -> logits [N, 1]."""
-
-    def __init__(self):
-        super().__init__(
-            nn.Linear(2, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 1))
-
-
 NETWORKS = {"bce": (Generator, Discriminator), "keras": (KerasGenerator, Discriminator),
             "two-logit": (Chapter11Generator, Chapter11Discriminator),
-            "points": (PointsGenerator, PointsDiscriminator)}
+            "points": (common.points_generator, common.points_critic)}
 
 
 def generate_noise(count, args, device, rng=None):
@@ -164,14 +149,14 @@ def discriminator_loss(real_logits, fake_logits):
     return (real + fake) / 2
 
 
-def generator_loss(fake_logits):
-    """P (生成器のコスト関数) of 実装例2, -mean(log D(G(z))); the logits are [N, 1]."""
+def generator_loss(fake_logits, kind="non-saturating"):
+    """P (生成器のコスト関数) of 実装例2, -mean(log D(G(z))); the logits are [N, 1].
+
+    kind "saturating": P of 11.1.1's formula, mean(log(1 - D(G(z)))). Erratum 9.
+    """
+    if kind == "saturating":
+        return -F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
-
-
-def saturating_generator_loss(fake_logits):
-    """P of 11.1.1's formula, mean(log(1 - D(G(z)))); the logits are [N, 1]. Erratum 9."""
-    return -F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
 
 
 def probability(logits):
@@ -187,16 +172,12 @@ def chapter11_discriminator_loss(real_logits, fake_logits):
     return F.cross_entropy(real_logits, real_labels) + F.cross_entropy(fake_logits, fake_labels)
 
 
-def chapter11_generator_loss(fake_logits):
-    """P of 11.2.2's listing."""
-    real_labels = torch.ones(len(fake_logits), dtype=torch.long, device=fake_logits.device)
-    return F.cross_entropy(fake_logits, real_labels)
-
-
-def chapter11_saturating_generator_loss(fake_logits):
-    """P of 11.1.1's formula."""
-    fake_labels = torch.zeros(len(fake_logits), dtype=torch.long, device=fake_logits.device)
-    return -F.cross_entropy(fake_logits, fake_labels)
+def chapter11_generator_loss(fake_logits, kind="non-saturating"):
+    """P of 11.2.2's listing; kind "saturating": of 11.1.1's formula."""
+    labels = torch.ones(len(fake_logits), dtype=torch.long, device=fake_logits.device)
+    if kind == "saturating":
+        return -F.cross_entropy(fake_logits, 1 - labels)
+    return F.cross_entropy(fake_logits, labels)
 
 
 def chapter11_probability(logits):
@@ -204,14 +185,8 @@ def chapter11_probability(logits):
     return logits.softmax(1)[:, 1]
 
 
-def losses(variant, kind):
-    """The functions of a variant: Q, P (which of the two: --generator-loss) and D's probability."""
-    if variant == "two-logit":
-        p = {"non-saturating": chapter11_generator_loss,
-             "saturating": chapter11_saturating_generator_loss}
-        return chapter11_discriminator_loss, p[kind], chapter11_probability
-    p = {"non-saturating": generator_loss, "saturating": saturating_generator_loss}
-    return discriminator_loss, p[kind], probability
+ONE_LOGIT = discriminator_loss, generator_loss, probability                         # Q, P, D
+TWO_LOGITS = chapter11_discriminator_loss, chapter11_generator_loss, chapter11_probability
 
 
 # --------------------------------------------------------------------------------- training step
@@ -235,10 +210,10 @@ def discriminator_step(generator, discriminator, optimizer, real, z, q, probabil
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 
 
-def generator_step(generator, discriminator, optimizer, z, p, probability):
+def generator_step(generator, discriminator, optimizer, z, p, probability, kind="non-saturating"):
     """One step down P (p; 11.2.1, 11.2.2, 実装例2); z: [N, latent_dim]. Returns what to log."""
     logits = discriminator(generator(z))
-    loss = p(logits)
+    loss = p(logits, kind)
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated
     optimizer.step()
@@ -247,44 +222,35 @@ def generator_step(generator, discriminator, optimizer, z, p, probability):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS)
-    parser.option("--variant", "networks, loss and constants (default: bce)",
-                  choices=["bce", "two-logit", "keras"])
-    parser.option("--generator-loss", "P of the listings or of the formula",
-                  choices=["non-saturating", "saturating"])
-    args = parser.options(argv)
+    args = common.Parser(__file__, __doc__, CONSTANTS, FLAGS).options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
-    if args.run:                                    # --from RUN: draw from it, no training
-        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
-
-    data = common.prepare(args)
-    q, p, probability = losses(args.variant, args.generator_loss)
     generator = make_generator(args.latent_dim).to(args.device)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise)
+
+    q, p, probability = TWO_LOGITS if args.variant == "two-logit" else ONE_LOGIT
     discriminator = make_discriminator().to(args.device)
     betas = args.beta1, args.beta2
     # fused=True: a faster Adam
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
-    half = torch.zeros(1, 2 if args.variant == "two-logit" else 1)      # logits of D = 0.5
-    expected = {f"equilibrium {value:.3f}": value
-                for value in (q(half, half).item(), p(half).item())}
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("accuracy", ["acc_D", "acc_G"], {"equilibrium 0.5": 0.5}),
-             ("loss", ["loss_D", "loss_G"], expected)]
-    with common.Run(args, data, generate_noise, plots, generator=generator,
-                    discriminator=discriminator, optimizer_g=optimizer_g,
-                    optimizer_d=optimizer_d) as run:
-        for batches in run.epochs():
-            for _ in run.steps():
-                # Discriminator: its probability D towards 1 for real, towards 0 for fake.
-                real, _ = next(batches)
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
-                                              q, probability))
-                # Generator: D of its samples towards 1.
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(generator_step(generator, discriminator, optimizer_g, z, p, probability))
+             ("loss", ["loss_D", "loss_G"], {})]
+    run = common.Run(args, generate_noise, plots, generator=generator, discriminator=discriminator,
+                     optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    for batches in run.epochs():
+        for _ in run.steps():
+            # Discriminator: its probability D towards 1 for real, towards 0 for fake.
+            real, _ = next(batches)
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
+                                          q, probability))
+            # Generator: D of its samples towards 1.
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(generator_step(generator, discriminator, optimizer_g, z, p, probability,
+                                      args.generator_loss))
 
 
 if __name__ == "__main__":

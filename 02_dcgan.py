@@ -21,7 +21,7 @@ that of 3.2, with its own z for each update.
 
 import math
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 import torch.nn.functional as F
@@ -177,13 +177,11 @@ def generator_step(generator, discriminator, optimizer, z):
 def main(argv=None):
     args = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=tuple(NETWORKS)).options(argv)
     make_generator, make_discriminator = NETWORKS[args.image_size]
-    if args.run:                                    # --from RUN: draw from it, no training
-        shape = args.latent_dim, args.channels
-        return common.sample_run(make_generator, shape, generate_noise, args)
-
-    data = common.prepare(args)
     layout = dict(device=args.device, memory_format=torch.channels_last)    # faster convolutions
     generator = make_generator(args.latent_dim, args.channels).to(**layout)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise)
+
     discriminator = make_discriminator(args.channels).to(**layout)
     betas = args.beta1, args.beta2
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
@@ -191,18 +189,17 @@ def main(argv=None):
 
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("loss", ["loss_D", "loss_G"], {"equilibrium ln 2": math.log(2)})]
-    with common.Run(args, data, generate_noise, plots, generator=generator,
-                    discriminator=discriminator, optimizer_g=optimizer_g,
-                    optimizer_d=optimizer_d) as run:
-        for batches in run.epochs():
-            for _ in run.steps():
-                # Discriminator: its probability D towards 1 for real, towards 0 for fake.
-                real, _ = next(batches)
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(discriminator_step(generator, discriminator, optimizer_d, real, z))
-                # Generator: D of its samples towards 1.
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(generator_step(generator, discriminator, optimizer_g, z))
+    run = common.Run(args, generate_noise, plots, generator=generator, discriminator=discriminator,
+                     optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    for batches in run.epochs():
+        for _ in run.steps():
+            # Discriminator: its probability D towards 1 for real, towards 0 for fake.
+            real, _ = next(batches)
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(discriminator_step(generator, discriminator, optimizer_d, real, z))
+            # Generator: D of its samples towards 1.
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(generator_step(generator, discriminator, optimizer_g, z))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ and has 11.3's betas (erratum 4); its real images are MNIST's, not noise (erratu
 "Erratum N" is a row of docs/errata.md.
 """
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 from torch import nn
@@ -50,6 +50,16 @@ CONSTANTS = {
                    latent_dim=100, noise="normal", gp_weight=1.0, n_critic=5, penalty="autograd",
                    lr_decay=1.0, ema_decay=0.999),
 }
+
+FLAGS = [
+    ("training", "--critic", "networks and constants (default: mlp)",
+     dict(dest="variant", choices=["mlp", "conv"])),
+    ("training", "--gp-weight", "lambda of the gradient penalty", common.WEIGHT),
+    ("training", "--penalty", "by second-order autograd, as in the text; or as a matrix product",
+     dict(choices=["autograd", "explicit"])),
+    ("training", "--n-critic", "critic steps per generator step", common.COUNT),
+    ("training", "--compare-kernels", "check and time the fused kernel", common.SWITCH),
+]
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -117,30 +127,8 @@ class ConvCritic(nn.Sequential):
             nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                                # erratum 2
 
 
-class PointsGenerator(nn.Sequential):
-    """For points, where the text has no network: z [N, latent_dim] -> points [N, 2], unbounded."""
-
-    def __init__(self, latent_dim=100):
-        super().__init__(
-            nn.Linear(latent_dim, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 2))                          # no Tanh: points lie outside [-1, 1]
-
-
-class PointsCritic(nn.Sequential):
-    """For points: points [N, 2] -> scores [N, 1]."""
-
-    def __init__(self):
-        super().__init__(
-            nn.Linear(2, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 1))
-
-
 NETWORKS = {"mlp": (Generator, Critic), "conv": (ConvGenerator, ConvCritic),
-            "points": (PointsGenerator, PointsCritic)}
+            "points": (common.points_generator, common.points_critic)}
 
 
 def generate_noise(count, args, device, rng=None):
@@ -240,54 +228,41 @@ def explicit_terms(critic, real, fake):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, kernels="critic")
-    parser.option("--critic", "networks and constants (default: mlp)", dest="variant",
-                  choices=["mlp", "conv"])
-    parser.option("--gp-weight", "lambda of the gradient penalty", metavar="X",
-                  type=common.number(float, at_least=0))
-    parser.option("--penalty", "by second-order autograd, as in the text; or as a matrix product",
-                  choices=["autograd", "explicit"])
-    parser.option("--n-critic", "critic steps per generator step", metavar="N",
-                  type=common.number(int, at_least=1))
-    parser.option("--compare-kernels", "check and time the fused kernel", group="kernels",
-                  action="store_const", const=True)
-    args = parser.options(argv)
+    args = common.Parser(__file__, __doc__, CONSTANTS, FLAGS, kernels=True).options(argv)
     if args.penalty == "explicit" and args.variant != "mlp":
         common.fail("--penalty explicit is for the critic of 11.3, --critic mlp, and for images")
     make_generator, make_critic = NETWORKS[args.variant]
-    if args.run:                                    # --from RUN: draw from it, no training
-        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
-
-    data = common.prepare(args)
     generator = make_generator(args.latent_dim).to(args.device)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise)
+
     critic = make_critic().to(args.device)
     betas = args.beta1, args.beta2
     # fused=True: a faster Adam, no kernel of csrc/
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr_g, betas, fused=True)
     optimizer_c = torch.optim.Adam(critic.parameters(), args.lr_d, betas, fused=True)
 
-    if "compare_kernels" in args:
-        batches = data.batches(args.batch_size)
+    if args.compare_kernels:
+        real = generator(generate_noise(args.batch_size, args, args.device)).detach()
         return common.compare_kernels(args, penalty_of, lambda: critic_step(
-            generator, critic, optimizer_c, next(batches)[0],
-            generate_noise(args.batch_size, args, args.device), args.gp_weight,
-            args.penalty == "explicit"))
+            generator, critic, optimizer_c, real, generate_noise(len(real), args, args.device),
+            args.gp_weight, args.penalty == "explicit"))
 
     plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"target 1": 1}),
              ("gradient penalty", ["penalty"], {}), ("loss", ["loss_C", "loss_G"], {})]
-    with common.Run(args, data, generate_noise, plots, generator=generator, critic=critic,
-                    optimizer_g=optimizer_g, optimizer_c=optimizer_c) as run:
-        for batches in run.epochs():
-            for _ in run.steps():
-                # Critic, n_critic times: scores up for real, down for fake, slope towards 1.
-                for _ in range(args.n_critic):
-                    real, _ = next(batches)             # new for every critic step: erratum 10
-                    z = generate_noise(args.batch_size, args, args.device)
-                    run.record(critic_step(generator, critic, optimizer_c, real, z,
-                                           args.gp_weight, args.penalty == "explicit"))
-                # Generator, once: the critic's scores of its samples up.
+    run = common.Run(args, generate_noise, plots, generator=generator, critic=critic,
+                     optimizer_g=optimizer_g, optimizer_c=optimizer_c)
+    for batches in run.epochs():
+        for _ in run.steps():
+            # Critic, n_critic times: scores up for real, down for fake, slope towards 1.
+            for _ in range(args.n_critic):
+                real, _ = next(batches)             # new for every critic step: erratum 10
                 z = generate_noise(args.batch_size, args, args.device)
-                run.record(generator_step(generator, critic, optimizer_g, z))
+                run.record(critic_step(generator, critic, optimizer_c, real, z,
+                                       args.gp_weight, args.penalty == "explicit"))
+            # Generator, once: the critic's scores of its samples up.
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(generator_step(generator, critic, optimizer_g, z))
 
 
 if __name__ == "__main__":

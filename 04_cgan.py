@@ -26,7 +26,7 @@ way, gradient_penalty, here without the factor lambda, which critic_step has.
 "Erratum N" is a row of docs/errata.md.
 """
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 import torch.nn.functional as F                                                         # 11.4
@@ -41,6 +41,15 @@ CONSTANTS = {
                  latent_dim=100, gp_weight=10.0, n_critic=5, penalty="explicit",
                  classes=NUM_CLASSES),                                                  # 11.4
 }
+
+FLAGS = [
+    ("training", "--gp-weight", "lambda of the gradient penalty", common.WEIGHT),
+    ("training", "--penalty", "by second-order autograd, as in the text; or as a matrix product",
+     dict(choices=["autograd", "explicit"])),
+    ("training", "--n-critic", "critic steps per generator step", common.COUNT),
+    (common.SAMPLING, "--class", "draw this class alone",                                # 11.4
+     dict(dest="label", type=int, choices=range(NUM_CLASSES))),                         # 11.4
+]
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -178,21 +187,11 @@ def explicit_terms(critic, real, fake, c):                                      
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, kernels="critic")
-    parser.option("--gp-weight", "lambda of the gradient penalty", metavar="X",
-                  type=common.number(float, at_least=0))
-    parser.option("--penalty", "by second-order autograd, as in the text; or as a matrix product",
-                  choices=["autograd", "explicit"])
-    parser.option("--n-critic", "critic steps per generator step", metavar="N",
-                  type=common.number(int, at_least=1))
-    parser.option("--class", "draw this class alone", dest="label", group="drawing",    # 11.4
-                  type=int, choices=range(NUM_CLASSES))                                 # 11.4
-    args = parser.options(argv)
-    if args.run:                                    # --from RUN: draw from it, no training
-        return common.sample_run(Generator, [args.latent_dim], generate_noise, args)
-
-    data = common.prepare(args)
+    args = common.Parser(__file__, __doc__, CONSTANTS, FLAGS, kernels=True).options(argv)
     generator = Generator(args.latent_dim).to(args.device)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise)
+
     critic = Critic().to(args.device)
     betas = args.beta1, args.beta2
     # fused=True: a faster Adam, no kernel of csrc/
@@ -201,20 +200,20 @@ def main(argv=None):
 
     plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"target 1": 1}),
              ("gradient penalty", ["penalty"], {}), ("loss", ["loss_C", "loss_G"], {})]
-    with common.Run(args, data, generate_noise, plots, generator=generator, critic=critic,
-                    optimizer_g=optimizer_g, optimizer_c=optimizer_c) as run:
-        for batches in run.epochs():
-            for _ in run.steps():
-                # Critic, n_critic times: scores up for real, down for fake, slope towards 1.
-                for _ in range(args.n_critic):
-                    real, c = next(batches)             # both new: erratum 10, 11.4
-                    z = generate_noise(args.batch_size, args, args.device)
-                    run.record(critic_step(generator, critic, optimizer_c, real, c, z,  # 11.4
-                                           args.gp_weight, args.penalty == "explicit"))
-                # Generator, once: the critic's scores of its samples up.
+    run = common.Run(args, generate_noise, plots, generator=generator, critic=critic,
+                     optimizer_g=optimizer_g, optimizer_c=optimizer_c)
+    for batches in run.epochs():
+        for _ in run.steps():
+            # Critic, n_critic times: scores up for real, down for fake, slope towards 1.
+            for _ in range(args.n_critic):
+                real, c = next(batches)             # both new: erratum 10, 11.4
                 z = generate_noise(args.batch_size, args, args.device)
-                c = generate_condition(args.batch_size, args.device)    # any classes, 11.4
-                run.record(generator_step(generator, critic, optimizer_g, z, c))        # 11.4
+                run.record(critic_step(generator, critic, optimizer_c, real, c, z,  # 11.4
+                                       args.gp_weight, args.penalty == "explicit"))
+            # Generator, once: the critic's scores of its samples up.
+            z = generate_noise(args.batch_size, args, args.device)
+            c = generate_condition(args.batch_size, args.device)    # any classes, 11.4
+            run.record(generator_step(generator, critic, optimizer_g, z, c))        # 11.4
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ TTUR means learning rates (erratum 35); random labels may make L_D negative.
 
 import math
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,16 @@ TTUR = dict(lr_g=1e-4, lr_d=4e-4)   # 演習問題2, arXiv 1706.08500; values: a
 LABELS = {"none": (1.0, 1.0, 0.0), "two-sided": (0.9, 0.9, 0.1), "one-sided": (0.9, 0.9, 0.0),
           "random": (0.8, 1.2, 0.0)}    # lowest a, highest a, b
 ROWS, ROW_DIM = 16, 5               # of minibatch discrimination; ours, the paper leaves them open
+
+SWITCH = dict(choices=["on", "off"])
+FLAGS = [
+    ("training", "--spectral-norm", "divide D's layers by their largest singular values", SWITCH),
+    ("training", "--label-smoothing", "D's labels; random: the loss may be negative",
+     dict(choices=list(LABELS))),
+    ("training", "--minibatch-discrimination", "let D compare the samples of a batch", SWITCH),
+    ("training", "--ttur", "learning rates 4e-4 for D and 1e-4 for G", SWITCH),
+    ("training", "--n-critic", "updates of D per update of G", common.COUNT),
+]
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -95,26 +105,12 @@ class Discriminator(nn.Sequential):
             nn.Flatten(), *last_layers(512, normalise, minibatch))
 
 
-class PointsGenerator(nn.Sequential):
-    """For points, where the text has no network: z [N, latent_dim] -> points [N, 2], unbounded."""
-
-    def __init__(self, latent_dim=100):
-        super().__init__(
-            nn.Linear(latent_dim, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 128), nn.LeakyReLU(0.2),
-            nn.Linear(128, 2))                              # no Tanh: points lie outside [-1, 1]
-
-
 class PointsDiscriminator(nn.Sequential):
     """For points: points [N, 2] -> logits [N, 1]."""
 
     def __init__(self, normalise=spectral_norm, minibatch=False):
-        super().__init__(
-            normalise(nn.Linear(2, 128)), nn.LeakyReLU(0.2),
-            normalise(nn.Linear(128, 128)), nn.LeakyReLU(0.2),
-            normalise(nn.Linear(128, 128)), nn.LeakyReLU(0.2),
-            *last_layers(128, normalise, minibatch))
+        super().__init__(*common.points_layers(2, normalise),
+                         *last_layers(128, normalise, minibatch))
 
 
 class MinibatchDiscrimination(nn.Module):
@@ -143,7 +139,8 @@ def last_layers(features, normalise, minibatch):
     return (normalise(nn.Linear(features, 1)),)
 
 
-NETWORKS = {"dcgan": (Generator, Discriminator), "points": (PointsGenerator, PointsDiscriminator)}
+NETWORKS = {"dcgan": (Generator, Discriminator),
+            "points": (common.points_generator, PointsDiscriminator)}
 
 
 def generate_noise(count, args, device, rng=None):
@@ -226,29 +223,21 @@ def generator_step(generator, discriminator, optimizer, z):
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS)
-    switch = dict(choices=["on", "off"])
-    parser.option("--spectral-norm", "divide D's layers by their largest singular values", **switch)
-    parser.option("--label-smoothing", "D's labels; random: the loss may be negative",
-                  choices=list(LABELS))
-    parser.option("--minibatch-discrimination", "let D compare the samples of a batch", **switch)
-    parser.option("--ttur", "learning rates 4e-4 for D and 1e-4 for G", **switch)
-    parser.option("--n-critic", "updates of D per update of G", metavar="N",
-                  type=common.number(int, at_least=1))
+    parser = common.Parser(__file__, __doc__, CONSTANTS, FLAGS)
     args = parser.options(argv)
     make_generator, make_discriminator = NETWORKS[args.variant]
-    if args.run:                                    # --from RUN: draw from it, no training
-        return common.sample_run(make_generator, [args.latent_dim], generate_noise, args)
     if args.ttur == "on":
-        if parser.given & TTUR.keys():
+        if parser.given.keys() & TTUR.keys():
             common.fail("--ttur on sets both learning rates; leave out --lr-g, --lr-d or --ttur")
         vars(args).update(TTUR)
 
-    data = common.prepare(args)
     normalise = spectral_norm if args.spectral_norm == "on" else nn.Identity()
     minibatch = args.minibatch_discrimination == "on"
     layout = dict(device=args.device, memory_format=torch.channels_last)    # faster convolutions
     generator = make_generator(args.latent_dim).to(**layout)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise)
+
     discriminator = make_discriminator(normalise, minibatch).to(**layout)
     betas = args.beta1, args.beta2
     # fused=True: a faster Adam
@@ -256,32 +245,26 @@ def main(argv=None):
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
     low, high, b = LABELS[args.label_smoothing]
-    a = (low + high) / 2
-    d = (a + b) / 2                                     # D at the equilibrium
-    loss_d = -((a + b) * math.log(d) + (2 - a - b) * math.log(1 - d)) / 2
+    d = ((low + high) / 2 + b) / 2                      # D at the equilibrium
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {f"equilibrium {d}": d}),
-             ("loss", ["loss_D", "loss_G"],
-              {f"equilibrium of D {loss_d:.3f}": loss_d,
-               f"equilibrium of G {-math.log(d):.3f}": -math.log(d)}),
+             ("loss", ["loss_D", "loss_G"], {f"equilibrium of G {-math.log(d):.3f}": -math.log(d)}),
              ("largest singular value", ["sigma"],
               {"normalised: 1": 1} if args.spectral_norm == "on" else {})]
-    with common.Run(args, data, generate_noise, plots, generator=generator,
-                    discriminator=discriminator, optimizer_g=optimizer_g,
-                    optimizer_d=optimizer_d) as run:
-        for batches in run.epochs():
-            for _ in run.steps():
-                # Discriminator, n_critic times: D towards a for real, towards b for fake.
-                for _ in range(args.n_critic):
-                    real, _ = next(batches)
-                    z = generate_noise(args.batch_size, args, args.device)
-                    run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
-                                                  args.label_smoothing))
-                # Generator: D of its samples towards 1.
+    run = common.Run(args, generate_noise, plots, generator=generator, discriminator=discriminator,
+                     optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    for batches in run.epochs():
+        for _ in run.steps():
+            # Discriminator, n_critic times: D towards a for real, towards b for fake.
+            for _ in range(args.n_critic):
+                real, _ = next(batches)
                 z = generate_noise(args.batch_size, args, args.device)
-                run.record(generator_step(generator, discriminator, optimizer_g, z))
-            table = spectral_table(discriminator)
-            run.record({"sigma": torch.tensor(max(row["sigma"] for row in table.values()))})
-            run.note("layers", table)
+                run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
+                                              args.label_smoothing))
+            # Generator: D of its samples towards 1.
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(generator_step(generator, discriminator, optimizer_g, z))
+        table = spectral_table(discriminator)
+        run.record({"sigma": torch.tensor(max(row["sigma"] for row in table.values()))})
     print(f"{'layer':12}{'sigma':>12}{'estimate':>12}{'frobenius':>12}")
     for name, row in table.items():
         print(f"{name:12}" + "".join(f"{'-' if value is None else f'{value:.4f}':>12}"

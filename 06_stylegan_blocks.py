@@ -29,7 +29,7 @@ the styles act from the start (erratum 38); separate noise per layer, strengths 
 
 import math
 
-import common  # before torch: Ctrl-C then leaves no traceback
+import common
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,18 @@ CONSTANTS = {
 MAPPING_RATE = 0.01     # the mapping network's learning rate, as a fraction of lr_g
 NOISE_START = 0.1       # of the noises' strengths (erratum 37)
 GROWTH = 0.5            # the fraction of the training in which the networks grow
+
+FLAGS = [
+    ("training", "--width", "channels at 4x4 and 8x8; halved with every doubling from there",
+     dict(type=common.number(int, 32, 10_000), metavar="N")),
+    ("training", "--progressive", "grow from 4x4 on, or train at full size throughout",
+     dict(choices=["on", "off"])),
+    ("training", "--style-mixing-prob", "share of the steps that mix the styles of two z",
+     common.SHARE),
+    ("training", "--r1-weight", "weight of the R1 penalty", common.WEIGHT),
+    ("training", "--compare-kernels", "check and time the fused kernel", common.SWITCH),
+    (common.SAMPLING, "--styles", "style mixing, truncation and noise", common.SWITCH),
+]
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -376,22 +388,18 @@ def renoise(generator, z, count):
 
 @torch.no_grad()
 def draw_style_mixing(pipeline, path):
-    """style_mixing.png: sources A across the top, B down the side; a panel per crossing."""
+    """style_mixing.png: sources A across the top, B down the side; eight columns per crossing."""
     generator = pipeline.generator
-    crossings = [k for k in (1, 2, len(generator.blocks) - 1) if k <= math.ceil(generator.level)]
-    if not crossings:
-        common.fail("--styles mixes the styles of two resolutions; "
-                    "this run was interrupted at its first, 4x4")
+    crossings = 1, 2, len(generator.blocks) - 1
     z_a, z_b = pipeline.noise(12).to(pipeline.device).split([7, 5])
     a, b = (generator.synthesis(generator.styles(z), noise_seed=0) for z in (z_a, z_b))
-    top = torch.cat([torch.ones_like(a[:1]), a])    # an empty corner, then the sources A
-    panels = {}
-    for crossing in crossings:
-        rows = torch.cat([b[:, None], mix(generator, z_a, z_b, crossing)], 1)   # [5, 8, C, S, S]
-        last, size = 2 * 2**crossing, 4 * 2**crossing
-        title = f"A (top) to {last}x{last}, B (left) from {size}x{size} on"
-        panels[title] = torch.cat([top, rows.flatten(0, 1)]).cpu(), 8
-    common.save_panels(panels, path)
+    top = torch.cat([torch.ones_like(a[:1]), a])[None]      # [1, 8, C, S, S]: a corner, then A
+    panels = [torch.cat([top, torch.cat([b[:, None], mix(generator, z_a, z_b, crossing)], 1)])
+              for crossing in crossings]                    # [6, 8, C, S, S] each
+    last = ", ".join(f"{2 * 2**crossing}x{2 * 2**crossing}" for crossing in crossings)
+    title = f"A (across the top) up to {last}, B (down the side) at the finer resolutions"
+    images = torch.cat(panels, 1).flatten(0, 1).cpu()
+    common.save_picture(images, 8 * len(panels), path, title=title)
 
 
 def draw_truncation(pipeline, path):
@@ -399,7 +407,7 @@ def draw_truncation(pipeline, path):
     z = pipeline.noise(8).to(pipeline.device)
     images = [truncate(pipeline.generator, z, psi / 10) for psi in range(11)]
     rows = torch.stack(images, 1)                   # [8, 11, C, S, S]
-    common.save_panels({"psi = 0, 0.1, ..., 1": (rows.flatten(0, 1).cpu(), 11)}, path)
+    common.save_picture(rows.flatten(0, 1).cpu(), 11, path, title="psi = 0, 0.1, ..., 1")
 
 
 def draw_noise(pipeline, path):
@@ -407,8 +415,8 @@ def draw_noise(pipeline, path):
     images = renoise(pipeline.generator, pipeline.noise(6).to(pipeline.device), 100).cpu()
     deviation = images.std(1, keepdim=True)
     rows = torch.cat([images[:, :8], deviation / deviation.max() * 2 - 1], 1)   # [6, 9, C, S, S]
-    title = f"eight of 100 noises; last, the deviation over the 100 (white: {deviation.max():.2f})"
-    common.save_panels({title: (rows.flatten(0, 1), 9)}, path)
+    title = f"eight of 100 noises; last, their deviation (white: {deviation.max():.2f})"
+    common.save_picture(rows.flatten(0, 1), 9, path, title=title)
 
 
 STYLES = {"style_mixing": draw_style_mixing, "truncation": draw_truncation, "noise": draw_noise}
@@ -416,28 +424,13 @@ STYLES = {"style_mixing": draw_style_mixing, "truncation": draw_truncation, "noi
 
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
-    parser = common.Parser(__file__, __doc__, CONSTANTS, image_sizes=(32, 64, 128),
-                           kernels="generator")
-    parser.option("--width", "channels at 4x4 and 8x8; halved with every doubling from there",
-                  type=common.number(int, at_least=32, below=10_000), metavar="N")
-    parser.option("--progressive", "grow from 4x4 on, or train at full size throughout",
-                  choices=["on", "off"])
-    parser.option("--style-mixing-prob", "share of the steps that mix the styles of two z",
-                  type=common.number(float, at_least=0, at_most=1), metavar="P")
-    parser.option("--r1-weight", "weight of the R1 penalty", metavar="X",
-                  type=common.number(float, at_least=0))
-    parser.option("--styles", "style mixing, truncation and noise", group="drawing",
-                  action="store_const", const=True)
-    parser.option("--compare-kernels", "check and time the fused kernel", group="kernels",
-                  action="store_const", const=True)
-    args = parser.options(argv)
+    sizes = 32, 64, 128
+    args = common.Parser(__file__, __doc__, CONSTANTS, FLAGS, sizes, kernels=True).options(argv)
     shape = args.image_size, args.channels, args.width
-    if args.run:                                    # --from RUN: draw from it, no training
-        shape = args.latent_dim, *shape
-        return common.sample_run(Generator, shape, generate_noise, args, STYLES)
-
-    data = common.prepare(args)
     generator = Generator(args.latent_dim, *shape).to(args.device)
+    if args.run:                                    # --from RUN: draw from it, no training
+        return common.sample(args, generator, generate_noise, STYLES)
+
     discriminator = Discriminator(*shape).to(args.device, memory_format=torch.channels_last)
     top = float(len(generator.blocks) - 1)
     generator.level = discriminator.level = 0.0 if args.progressive == "on" else top
@@ -450,7 +443,7 @@ def main(argv=None):
     optimizer_g = torch.optim.Adam(groups, args.lr_g, betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr_d, betas, fused=True)
 
-    if "compare_kernels" in args:
+    if args.compare_kernels:
         generator.level = discriminator.level = top     # where AdaIN costs most
         return common.compare_kernels(args, adain, lambda: generator_step(
             generator, discriminator, optimizer_g,
@@ -460,24 +453,23 @@ def main(argv=None):
     plots = [("discriminator's probability", ["D(x)", "D(G(z))"], {"equilibrium 0.5": 0.5}),
              ("loss", ["loss_D", "loss_G"], equilibrium),
              ("R1 penalty", ["r1"], {}), ("level", ["level"], {})]
-    with common.Run(args, data, generate_noise, plots, STYLES, generator=generator,
-                    discriminator=discriminator, optimizer_g=optimizer_g,
-                    optimizer_d=optimizer_d) as run:
-        for batches in run.epochs():
-            for _ in run.steps():       # after each step the average of G is updated (ema_decay)
-                if args.progressive == "on":
-                    progress = (run.step + 1) / (args.epochs * run.steps_per_epoch)
-                    generator.level = discriminator.level = level_at(progress, top)
-                # Discriminator: D towards 1 for real, towards 0 for fake.
-                real, _ = next(batches)
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
-                                              args.style_mixing_prob, args.r1_weight))
-                # Generator: D of its samples towards 1.
-                z = generate_noise(args.batch_size, args, args.device)
-                run.record(generator_step(generator, discriminator, optimizer_g, z,
-                                          args.style_mixing_prob))
-                run.record({"level": torch.tensor(generator.level)})
+    run = common.Run(args, generate_noise, plots, STYLES, generator=generator,
+                     discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    for batches in run.epochs():
+        for _ in run.steps():       # after each step the average of G is updated (ema_decay)
+            if args.progressive == "on":
+                progress = (run.step + 1) / (args.epochs * run.steps_per_epoch)
+                generator.level = discriminator.level = level_at(progress, top)
+            # Discriminator: D towards 1 for real, towards 0 for fake.
+            real, _ = next(batches)
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(discriminator_step(generator, discriminator, optimizer_d, real, z,
+                                          args.style_mixing_prob, args.r1_weight))
+            # Generator: D of its samples towards 1.
+            z = generate_noise(args.batch_size, args, args.device)
+            run.record(generator_step(generator, discriminator, optimizer_g, z,
+                                      args.style_mixing_prob))
+            run.record({"level": torch.tensor(generator.level)})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""--compare-kernels: are the fused kernels right, and what do they gain? A table per shape, then the training step."""
+"""--compare-kernels: are the fused kernels right, and what do they gain? A table of shapes, then the training step."""
 
-import contextlib
-import ctypes
-import math
+import json
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -17,95 +16,70 @@ TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what 
 SHAPES = {"penalty": [(64, 784), (300, 784), (4096, 784), (512, 3072), (64, 49152)],
           "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
                     (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
-LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # of samples that four last caches would not hold
+LARGE = {"penalty": (64, 49152), "adain": (16, 64, 128, 128)}  # to be enlarged beyond the last cache
 GRAPH = 20  # calls in a CUDA graph: what it takes to launch one does not count
-PASSES = {"penalty": (1, 3), "adain": (2, 5)}  # over the tensor: forward, forward and backward
+PASSES = {"penalty": 3, "adain": 5}  # over the tensor, forward and backward
 
 
-def compare(formula, step, device, free, table):
-    """Check and time the kernel that serves `formula` against the formula itself and torch.compile.
+def compare_kernels(args, formula, step):
+    """--compare-kernels: check and time the kernel that serves `formula` against the formula itself and torch.compile.
 
-    formula: a function under @fused; step: one training step, timed with the kernels and without; free: bytes of main
-    memory. Yields the lines to print; completes the dictionary `table`, which becomes a file.
+    formula: a function under @fused; step: one training step, timed with the kernels and without. The table is printed
+    and goes into a JSON file of the output folder. Exits with code 1 where the kernel is wrong.
     """
-    kind = formula.kernel
-    table |= {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "dtype": "float32", "rows": []}
-    yield (f"compare {kind} on {table['machine']}, {table['threads']} threads, torch {torch.__version__}, float32; "
-           f"medians of {ROUNDS} rounds, +- half the interquartile range" +
-           "; shapes as CUDA graphs" * (device == "cuda"))
-
     def without():
         with ops.without_kernels():
             step()
 
-    table["training_step"] = steps = measure({"reference": without, "fused": step}, device)
-    keep_freed_memory()
-    large = beyond_the_cache(LARGE[kind], device, free)
-    if large is None:
-        yield "compare no shape beyond the last cache: too little memory is free for a tensor four times as large"
-    yield (f"{'shape':22}{'pass':18}{'reference':>19}{'fused':>19}{'torch.compile':>19}   "
-           "  MB   GB/s  of copy  gain   error: reference, fused, compile")
-    for shape in [*SHAPES[kind], *[large] * bool(large)]:
-        rows = compare_shape(formula, shape, device)
-        table["rows"] += rows
-        yield "\n".join(map(line, rows))
-    gain = steps["reference"]["median"] / steps["fused"]["median"]
-    yield f"step    reference {show(steps['reference'])}, fused {show(steps['fused'])}: {gain:.2f} times as fast"
+    kind, device, path = formula.kernel, args.device, Path(args.output_dir, f"{args.script}-kernels.json")
+    ops.choose("fused", device)
+    table = {"kernel": kind, "machine": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "dtype": "float32", "date": time.strftime("%Y-%m-%d"), "rows": []}
+    print(f"compare {kind} on {table['machine']}, {table['threads']} threads, torch {torch.__version__}, float32; "
+          f"medians of {ROUNDS} rounds, +- half the interquartile range{'; as CUDA graphs' * (device == 'cuda')}\n"
+          f"{'forward and backward':22}{'reference':>20}{'fused':>20}{'torch.compile':>20}  gain   GB/s  of copy   errors")
+    for shape in [*SHAPES[kind], beyond_the_cache(LARGE[kind], device)]:
+        row = compare_shape(formula, shape, device)
+        table["rows"].append(row)
+        print(f"{line('x'.join(map(str, shape)), row['seconds'])}{row['bandwidth'] / 1e9:7.1f}{row['of_copy']:9.2f}   "
+              f"{', '.join(f'{error:.0e}' for error in row['errors'].values())}", flush=True)
+    table["training_step"] = measure({"reference": without, "fused": step}, device)
+    print(line("training step", table["training_step"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"saved   {path}")
+    if not all(row["errors"]["fused"] <= TOLERANCE for row in table["rows"]):  # nor NaN
+        raise SystemExit("a fused kernel is wrong")
 
 
 def compare_shape(formula, shape, device):
-    """The two rows, forward and both passes, of one shape."""
+    """One row of the table: errors against float64, seconds, bandwidth."""
     kind = formula.kernel
     torch._dynamo.reset()  # else it would try to compile one function for all shapes
-    compiled = torch.compile(formula.formula, dynamic=False)
-    functions = {"reference": formula.formula, "fused": formula, "torch.compile": compiled}
-    samples = max(1, min(shape[0], 2**23 * shape[0] // torch.Size(shape).numel()))  # float64 takes room
-    exact = results(kind, formula.formula, inputs(kind, (samples, *shape[1:]), device, torch.float64))
-    errors = {}
-    for name, function in functions.items():
-        try:
-            found = results(kind, function, inputs(kind, (samples, *shape[1:]), device, torch.float32))
-            worst = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]).max().item()  # NaN if one is
-            errors[name] = worst if math.isfinite(worst) else str(worst)
-        except Exception as reason:  # torch.compile needs more than the others; the row shows it
-            if name == "reference":
-                raise
-            errors[name] = f"{type(reason).__name__}: {reason}".splitlines()[0][:80]
-    sound = {name: function for name, function in functions.items()
-             if isinstance(errors[name], float) and errors[name] <= TOLERANCE}
-    tensors = inputs(kind, shape, device, torch.float32)
-    copy = torch.empty_like(tensors[0])
-    tasks = {("both passes", name): lambda f=f: results(kind, f, tensors) for name, f in sound.items()}
-    tasks |= {("forward", name): lambda f=f: forward(kind, f, tensors) for name, f in sound.items()}
+    functions = {"reference": formula.formula, "fused": formula,
+                 "torch.compile": torch.compile(formula.formula, dynamic=False)}
+    few = (max(1, min(shape[0], 2**23 * shape[0] // torch.Size(shape).numel())), *shape[1:])  # float64 takes room
+    exact = results(kind, formula.formula, inputs(kind, few, device, torch.float64))
+    errors = {name: torch.stack([(a - b).norm() / b.norm() for a, b in zip(
+        results(kind, function, inputs(kind, few, device)), exact)]).max().item() for name, function in functions.items()}
+    tensors = inputs(kind, shape, device)
+    copy, calls = torch.empty_like(tensors[0]), GRAPH if device == "cuda" else 1
+    tasks = {name: lambda f=f: results(kind, f, tensors) for name, f in functions.items()}
     tasks["copy"] = lambda: copy.copy_(tensors[0].detach())
-    calls = GRAPH if device == "cuda" else 1
     times = measure({name: launched_at_once(task, device) for name, task in tasks.items()}, device, calls)
-    rows = []
-    for label, passes in zip(["forward", "both passes"], PASSES[kind]):
-        row = {"shape": shape, "pass": label, "bytes": passes * copy.nbytes, "errors": errors,
-               "checked_samples": samples, "seconds": {name: times[label, name] for name in sound}}
-        if "fused" in sound:
-            row["bandwidth"] = row["bytes"] / row["seconds"]["fused"]["median"]
-            row["share_of_copy"] = row["bandwidth"] / (2 * copy.nbytes / times["copy"]["median"])
-        rows.append(row)
-    return rows
+    bandwidth = PASSES[kind] * copy.nbytes / times["fused"][0]
+    return {"shape": shape, "errors": errors, "seconds": times, "bandwidth": bandwidth,
+            "of_copy": bandwidth * times.pop("copy")[0] / (2 * copy.nbytes)}
 
 
-def line(row):
-    """A row as it is printed."""
-    seconds = row["seconds"]
-    cells = [show(seconds[name]) if name in seconds else "not timed" for name in row["errors"]]
-    errors = ", ".join(f"{e:.0e}" if isinstance(e, float) else e for e in row["errors"].values())
-    rate, share = row.get("bandwidth", math.nan) / 1e9, row.get("share_of_copy", math.nan)
-    gain = math.nan
-    if "reference" in seconds and "fused" in seconds:
-        gain = seconds["reference"]["median"] / seconds["fused"]["median"]
-    return (f"{'x'.join(map(str, row['shape'])):22}{row['pass']:18}" + "".join(f"{cell:>19}" for cell in cells) +
-            f" {digits(row['bytes'] / 1e6, 3):>6} {rate:6.1f} {share:8.2f} {gain:5.2f}   {errors}")
+def line(title, times):
+    """The beginning of a row: milliseconds, and how many times as fast as the reference the fused kernel is."""
+    cells = [f"{1e3 * middle:.3g} +-{1e3 * spread:.1g} ms" for middle, spread in times.values()]
+    gain = times["reference"][0] / times["fused"][0]
+    return f"{title:22}" + "".join(f"{cell:>20}" for cell in [*cells, ""][:3]) + f"{gain:6.2f}"
 
 
-def inputs(kind, shape, device, dtype):
+def inputs(kind, shape, device, dtype=torch.float32):
     """The tensors of one case, the same numbers in every dtype; those that get a gradient require one."""
     rng = torch.Generator().manual_seed(0)
 
@@ -120,14 +94,9 @@ def inputs(kind, shape, device, dtype):
     return [*trained[:3], normal(shape[0], 1, *shape[2:]), trained[3]]
 
 
-def forward(kind, function, tensors):
-    """As the scripts call it."""
-    return function(*tensors)[0] if kind == "penalty" else function(*tensors, slope_after=0.2)
-
-
 def results(kind, function, tensors):
     """The value and every gradient, of the penalty or of the sum of AdaIN's squares halved: dy = y."""
-    value = forward(kind, function, tensors)
+    value = function(*tensors)[0] if kind == "penalty" else function(*tensors, slope_after=0.2)
     gradient = None if kind == "penalty" else value.detach()
     return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], gradient)]
 
@@ -150,74 +119,40 @@ def launched_at_once(task, device):
 
 
 def measure(tasks, device, calls=1):
-    """Seconds per call: {"median", "spread", "best"} of each task, from rounds that visit all of them in turn.
+    """Seconds per call, {task: (median, half the interquartile range)}, from rounds that visit all tasks in turn.
 
     calls: how often a task runs what is measured.
     """
     def seconds(task, repeats):
-        wait(device)
         start = time.perf_counter()
         for _ in range(repeats):
             task()
-        wait(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats / calls
 
-    repeats, found = {}, {name: [] for name in tasks}
-    for name, task in tasks.items():
-        seconds(task, 2)  # warm up
-        repeats[name] = max(1, min(1000, int(0.02 / calls / seconds(task, 1))))
-    for _ in range(ROUNDS):
-        for name, task in tasks.items():
-            found[name].append(seconds(task, repeats[name]))
-    summary = {}
-    for name, values in found.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        summary[name] = {"median": median, "spread": (high - low) / 2, "best": min(values)}
-    return summary
-
-
-def wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def show(timing):
-    """Milliseconds."""
-    return f"{digits(timing['median'] * 1e3, 3)} +-{digits(timing['spread'] * 1e3, 1)} ms"
-
-
-def digits(value, count):
-    return f"{float(f'{value:.{count}g}'):g}"  # 1080 for 1.08e+03
+    repeats = {name: max(1, int(0.02 / calls / max(seconds(task, 2), seconds(task, 1)))) for name, task in tasks.items()}
+    rounds = [{name: seconds(task, repeats[name]) for name, task in tasks.items()} for _ in range(ROUNDS)]
+    quartiles = {name: statistics.quantiles([each[name] for each in rounds], n=4) for name in tasks}
+    return {name: (middle, (high - low) / 2) for name, (low, middle, high) in quartiles.items()}
 
 
 def machine(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
-def keep_freed_memory():
-    """Large tensors then reuse memory: as new pages of Linux's each would take longer to come than to be worked on."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(-4, 0)  # M_MMAP_MAX
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-def beyond_the_cache(shape, device, free):
-    """The shape with so many samples that a tensor is four times as large as the last cache, or None.
-
-    None if `free` bytes are too few for that.
-    """
+def beyond_the_cache(shape, device):
+    """The shape with so many samples that a tensor is four times as large as the last cache."""
     if device == "cuda":
-        cache, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
     else:
         sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
         cache = max((int(size[:-1]) * 2**{"K": 10, "M": 20}[size[-1]] for size in sizes), default=2**25)
     samples = shape[0]
-    while 4 * samples * torch.Size(shape[1:]).numel() < 4 * cache:
+    while samples * torch.Size(shape[1:]).numel() < cache:
         samples *= 2
-    shape = (samples, *shape[1:])
-    return shape if 12 * 4 * torch.Size(shape).numel() < free else None  # the reference keeps up to ten of its size
+    return samples, *shape[1:]

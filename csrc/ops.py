@@ -14,6 +14,8 @@ import contextlib
 import functools
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd import Function
 
 from csrc import build
@@ -22,29 +24,27 @@ DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
           "cuda": {torch.float32, torch.float16, torch.bfloat16}}
 EPS = 1e-5  # F.instance_norm's
 KERNELS = {}  # the operators in use, by type of device
-SERVED = []  # what torch.compile has to take whole; said to it when kernels are chosen: its import takes a second
 
 
 def choose(wanted, device):
     """Use the kernels for `device` (wanted: "fused"), or none ("reference"), or what can be had ("auto").
 
-    Returns what it came to, in words. Raises build.Unavailable if "fused" cannot be had.
+    Prints what it came to; returns "fused" or "reference". Raises build.Unavailable if "fused" cannot be had.
     """
     KERNELS.clear()
-    if wanted == "reference":
-        return "reference: PyTorch's own operations, as asked"
+    outcome = "reference: PyTorch's own operations, as asked"
     try:
-        build.load(device)
-        kernels = describe(device)
-        try_out(kernels, device)
+        if wanted != "reference":
+            build.load(device)
+            kernels = getattr(torch.ops, f"gan_{device}")
+            try_out(kernels, device)
+            KERNELS[device], outcome = kernels, f"fused, for {device}"
     except build.Unavailable as reason:
         if wanted == "fused":
-            raise
-        return f"reference: PyTorch's own operations, no fused ones ({reason})"
-    KERNELS[device] = kernels
-    for apply in SERVED:
-        torch.compiler.allow_in_graph(apply)
-    return f"fused, for {device}"
+            raise build.Unavailable(f"no fused kernels: {reason}") from None
+        outcome = f"reference: PyTorch's own operations, no fused ones ({reason})"
+    print(f"kernels {outcome}")
+    return "fused" if KERNELS else "reference"
 
 
 def try_out(kernels, device):
@@ -66,56 +66,15 @@ def without_kernels():
         KERNELS.update(before)
 
 
-@functools.cache
-def describe(device):
-    """The operators of binding.cpp for `device`, after telling torch.compile the shapes of their results."""
-    def real(like, *shape):
-        return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-    def fake(name):
-        def decorate(shapes):
-            def checked(first, *others):
-                if any(isinstance(t, torch.Tensor) and t.device != first.device for t in others):
-                    raise RuntimeError(f"gan_{device}::{name}: expected all tensors on {first.device}")
-                return shapes(first, *others)
-            torch.library.register_fake(f"gan_{device}::{name}", checked)
-        return decorate
-
-    @fake("penalty")
-    def _(gradient):
-        return real(gradient), real(gradient, gradient.size(0))
-
-    @fake("penalty_backward")
-    def _(gradient, norms, d_penalty, d_norms):
-        return torch.empty_like(gradient)
-
-    @fake("adain")
-    def _(x, scale, bias, noise, strength, slope_before, slope_after, eps):
-        return torch.empty_like(x), real(x, *x.shape[:2]), real(x, *x.shape[:2])
-
-    @fake("adain_backward")
-    def _(dy, x, scale, bias, noise, strength, mean, rstd, slope_before, slope_after):
-        sums = [real(x, *x.shape[:2]) for _ in range(2)]
-        return torch.empty_like(x), *sums, real(x, 0 if noise is None else x.size(0), x.size(1))
-
-    return getattr(torch.ops, f"gan_{device}")
-
-
 def fused(name):
     """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function."""
-    serve, function = {"penalty": (penalty, Penalty), "adain": (adain, AdaIN)}[name]
+    serve = {"penalty": penalty, "adain": adain}[name]
 
     def decorate(formula):
-        def apply(tensor, *others):
-            return function.apply(tensor, *others, formula, KERNELS[tensor.device.type])
-
-        SERVED.append(apply)  # torch.compile would look into it and lose the second derivative
-        if KERNELS:
-            torch.compiler.allow_in_graph(apply)
-
         @functools.wraps(formula)
         def call(*arguments, **options):
-            return serve(formula, apply, *arguments, **options) if KERNELS else formula(*arguments, **options)
+            plain = not KERNELS or torch.compiler.is_compiling()  # torch.compile fuses the formula itself
+            return formula(*arguments, **options) if plain else serve(formula, *arguments, **options)
         call.formula, call.kernel = formula, name
         return call
     return decorate
@@ -124,25 +83,20 @@ def fused(name):
 def taken(*tensors):
     """The dtype in which kernels take them all, that of PyTorch's own result; None if there are none for them.
 
-    What inference mode has left behind goes to the formula: no graph may keep it. torch.compile cannot ask for that.
+    What inference mode has left behind goes to the formula: no graph may keep it.
     """
-    if (not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
-            and any(tensor.is_inference() for tensor in tensors)):
-        return None
-    device, dtype = tensors[0].device, tensors[0].dtype
-    for tensor in tensors:
-        if tensor.device != device:
-            return None
-        if tensor.dtype != dtype:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype if device.type in KERNELS and dtype in DTYPES[device.type] else None
+    device = tensors[0].device
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    usual = torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors)
+    here = device.type in KERNELS and all(tensor.device == device for tensor in tensors)
+    return dtype if usual and here and dtype in DTYPES[device.type] else None
 
 
-def penalty(formula, apply, gradient):
+def penalty(formula, gradient):
     """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
     if not taken(gradient) or gradient.dim() < 2:
         return formula(gradient)
-    result, norms = apply(gradient.contiguous())
+    result, norms = Penalty.apply(gradient.contiguous(), formula, KERNELS[gradient.device.type])
     return tuple(cast(gradient.dtype, result, norms))
 
 
@@ -167,7 +121,7 @@ class Penalty(Function):
         return ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms), None, None
 
 
-def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
+def adain(formula, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise): [N, C, H, W].
 
     mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
@@ -175,21 +129,18 @@ def adain(formula, apply, x, scale, bias, noise=None, strength=None, slope_befor
     has x's dtype or, of several as under autocast, the widest.
     """
     dtype = taken(*[t for t in (x, scale, bias, noise, strength) if t is not None])
-    fits = dtype and x.dim() == 4 and scale.shape == bias.shape == x.shape[:2] and (noise is None) == (strength is None)
-    if fits:
-        samples, channels, height, width = x.shape
-        fits = height * width > 1
-    if fits and noise is not None:  # with ==, since torch.compile of 2.11 gets `in` wrong where sizes vary
-        fits = ((noise.shape == (samples, 1, height, width) or noise.shape == (1, 1, height, width))
-                and (strength.shape == (1,) or strength.shape == (channels,)) and not noise.requires_grad)
+    fits = (dtype and x.dim() == 4 and x.shape[2:].numel() > 1 and scale.shape == bias.shape == x.shape[:2]
+            and (noise is None) == (strength is None))
+    if fits and noise is not None:
+        fits = (noise.shape in [(samples, 1, *x.shape[2:]) for samples in (1, len(x))]
+                and strength.shape in [(1,), x.shape[1:2]] and not noise.requires_grad)
     if not fits:
         return formula(x, scale, bias, noise, strength, slope_before, slope_after)
     x, scale, bias, noise, strength = cast(dtype, x, scale, bias, noise, strength)
-    # Samples may lie apart, as 06 cuts them from [N, 2, H, W]. inductor fails where a graph keeps two views of one
-    # tensor of varying size for the backward pass (get_stride_order, torch 2.14): a copy there, of one channel.
-    if noise is not None and (torch.compiler.is_compiling() or not noise[:1].is_contiguous()):
-        noise = noise.clone(memory_format=torch.contiguous_format)
-    return apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after)
+    if noise is not None and not noise[:1].is_contiguous():  # samples may lie apart, as 06 cuts them from [N, 2, H, W]
+        noise = noise.contiguous()
+    kernels = KERNELS[x.device.type]
+    return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after, formula, kernels)
 
 
 class AdaIN(Function):
@@ -240,3 +191,17 @@ def derivative(formula, inputs, gradients, *options):
                                if gradient is not None])
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+class Dropout(nn.Module):
+    """nn.Dropout(0.5); on the CPU its masks come from random bytes, one bit of each, in an eighth of the time."""
+
+    def forward(self, x):
+        return x * self.mask(x) if self.training and x.device.type == "cpu" else F.dropout(x, 0.5, self.training)
+
+    def mask(self, x):
+        """What multiplies x: 0 or 2, each with probability 0.5; 1 in eval mode."""
+        if not self.training or x.device.type != "cpu":
+            return F.dropout(torch.ones_like(x), 0.5, self.training)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_()  # random but for the highest bit
+        return (words.view(torch.uint8)[:x.numel()] & 2).view(x.shape).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Writes coverage.md's table of places: for each section and listing of the text, the lines of code.
+"""Writes coverage.md's table of places: for each section and listing of the text, the code.
 
     python docs/places.py
 
@@ -44,11 +44,11 @@ def places(text):
 
 
 def marks(path):
-    """(place, name, line) for all that a source marks: the name of a function, class or constant, "" for the script."""
+    """(place, name) for all that a source marks: the name of a function, class or constant, "" for the script."""
     source = path.read_text(encoding="utf-8")
     lines, module = source.splitlines(), ast.parse(source)
     for place in places(ast.get_docstring(module)):
-        yield place, "", 1
+        yield place, ""
     for node in module.body:
         name = getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", None)
         if name:
@@ -59,7 +59,7 @@ def marks(path):
                      if isinstance(each, ast.ClassDef | ast.FunctionDef)]
             words += [line.partition("#")[2] for line in lines[start - 1:node.end_lineno]]
             for place in places("\n".join(words)):
-                yield place, name, node.lineno
+                yield place, name
 
 
 def anchor(heading):
@@ -69,11 +69,11 @@ def anchor(heading):
 
 def table():
     """The rows: place, title, code, errata."""
-    found = {place: {} for place in PLACES}         # {place: {file: links}}
+    found = {place: {} for place in PLACES}         # {place: {file: names}}
     for path in [*sorted(ROOT.glob("0*.py")), ROOT / "common.py"]:
-        for place, name, line in marks(path):
-            links = found[place].setdefault(f"[`{path.name}`](../{path.name})", [])
-            links += [f"[`{name}`](../{path.name}#L{line})"] if name else []
+        for place, name in marks(path):
+            names = found[place].setdefault(f"[`{path.name}`](../{path.name})", [])
+            names += [f"`{name}`"] if name else []
     exercises = (DOCS / "exercises.md").read_text(encoding="utf-8")
     for heading in re.findall(r"^## (.*)$", exercises, re.MULTILINE):
         for place in places(heading):
@@ -81,7 +81,7 @@ def table():
     errata = [line.split(" | ")[:2] for line in (DOCS / "errata.md").read_text(encoding="utf-8").splitlines()
               if re.match(r"\| \d+ ", line)]
     for place, title in PLACES.items():
-        code = [f"{file}: {', '.join(links)}" if links else file for file, links in found[place].items()]
+        code = [f"{file}: {', '.join(names)}" if names else file for file, names in found[place].items()]
         numbers = [number.strip("| ") for number, where in errata if place in places(where)]
         yield place, title, "; ".join(code) or "named only", ", ".join(numbers) or "-"
 

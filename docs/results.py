@@ -135,10 +135,11 @@ def run(command, seed, data_dir, folder, threads):
         print(f"code {done.returncode}: {command}, seed {seed}; see {folder / 'output.txt'}", flush=True)
         return None
     scores = json.loads(metrics.read_text()) if metrics.exists() else {}     # none with --eval-interval 0
+    apart = {name: scores.pop(name) for name in ("against", "real images", "perfect sampler") if name in scores}
     return {"command": command, "seed": seed, "seconds": round(sum(row["seconds"] for row in log), 3),
-            "threads": options["threads"], "torch": options["versions"]["torch"], "last": log[-1],
+            "threads": options["threads"], "torch": options["torch"], "last": log[-1],
             "processor": torch.cuda.get_device_name() if options["device"] == "cuda" else processor(),
-            **{name.removesuffix(".pt"): value for name, value in scores.items() if name not in ("samples", "seed")}}
+            **apart, "checkpoint": {name: value for name, value in scores.items() if name not in ("samples", "seed")}}
 
 
 def run_all(names, data_dir, folder, jobs):
@@ -260,10 +261,10 @@ def mixing_of_run(seed, data_dir, folder):
     checkpoint = next((folder / slug("06_stylegan_blocks.py", seed)).glob("*/checkpoint.pt"), None)
     if not checkpoint:
         sys.exit(f"mixing: the run of 06_stylegan_blocks.py, seed {seed}, is not in {folder}")
-    options = argparse.Namespace(**common.load_checkpoint(checkpoint)["options"])
+    content = common.load_checkpoint(checkpoint)
+    options = argparse.Namespace(**{**content["options"], "data_dir": data_dir})
     generator = six.Generator(options.latent_dim, options.image_size, options.channels, options.width).eval()
-    common.load_generator(generator, checkpoint, "cpu")
-    options.data_dir, options.eval_interval = data_dir, None
+    generator.load_state_dict(content["average"])
     scorer = common.make_scorer(options)
     torch.manual_seed(0)
     with torch.no_grad():

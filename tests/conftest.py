@@ -12,6 +12,7 @@ from torchvision import datasets
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["01_vanilla_gan", "02_dcgan", "03_wgan_gp", "04_cgan", "05_sn_label_smoothing", "06_stylegan_blocks"]
 sys.path.insert(0, str(ROOT))
+import common
 from csrc import ops
 
 
@@ -54,8 +55,16 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_kernels_left(monkeypatch):
-    """A test that chooses kernels leaves none to the next one."""
+def nothing_left(monkeypatch):
+    """A test that chooses kernels or trains leaves neither kernels nor a run to the next one."""
     monkeypatch.setattr(ops, "KERNELS", {})
+    monkeypatch.setattr(common.Run, "current", None)
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """In place of drawn digits, which take seconds: 1,000 of random pixels, but for the first, which is the label."""
+    labels = torch.arange(1000) % 10
+    images = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 0, 0, 0] = labels
+    monkeypatch.setattr(common, "draw_digits", lambda split: (images, labels))

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import prdc
@@ -12,15 +11,13 @@ import pytest
 import scipy
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
-from torchvision.utils import save_image
+
+from conftest import ROOT, load_script, snapshot, unchanged  # puts common on the path
 
 import common
-from conftest import ROOT, load_script, snapshot, unchanged
 
-QUICK = ["--dataset", "digits", "--max-batches", "2", "--batch-size", "16", "--device", "cpu"]
-
+# --------------------------------------------------------------------------------------- formulas
 
 def features(count, dimensions, seed):
     """Correlated features away from the origin."""
@@ -28,17 +25,6 @@ def features(count, dimensions, seed):
     mix = torch.randn(dimensions, dimensions, generator=rng)
     return torch.randn(count, dimensions, generator=rng) @ mix + torch.randn(dimensions, generator=rng)
 
-
-class Given(nn.Module):
-    """A feature network for torchmetrics that returns what it is given."""
-
-    num_features = 8
-
-    def forward(self, images):
-        return images.flatten(1).float()
-
-
-# --------------------------------------------------------------------------------------- formulas
 
 @pytest.mark.parametrize("count", [500, 100, 5], ids=["more than features", "more", "fewer than features"])
 def test_frechet_distance_against_scipy(count):
@@ -52,15 +38,6 @@ def test_frechet_distance_against_scipy(count):
         assert common.frechet_distance(a, b) == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
-def test_frechet_distance_against_torchmetrics():
-    a, b = features(300, 8, 1), features(200, 8, 2)
-    metric = FrechetInceptionDistance(Given(), normalize=True, input_img_size=(1, 1, 8))
-    metric.set_dtype(torch.float64)
-    metric.update(a.view(-1, 1, 1, 8), real=False)
-    metric.update(b.view(-1, 1, 1, 8), real=True)
-    assert common.frechet_distance(a, b) == pytest.approx(metric.compute().item(), rel=1e-4)
-
-
 def test_frechet_distance_of_gaussians():
     """N(m, diag(s^2)) and N(0, I): |m|^2 + sum (s - 1)^2; samples with exactly these moments."""
     raw = features(1000, 4, 3).double()
@@ -68,6 +45,15 @@ def test_frechet_distance_of_gaussians():
     m, s = torch.tensor([1.0, -2.0, 0.0, 0.5]).double(), torch.tensor([1.0, 2.0, 0.5, 0.0]).double()
     assert common.frechet_distance(white * s + m, white) == pytest.approx((m.square() + (s - 1).square()).sum().item())
     assert common.frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
+
+
+class Given(nn.Module):
+    """A feature network for torchmetrics that returns what it is given."""
+
+    num_features = 8
+
+    def forward(self, images):
+        return images.flatten(1).float()
 
 
 @pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save", "ignore:std")
@@ -82,7 +68,8 @@ def test_inception_score_closed_forms():
     sure = torch.eye(10).repeat(7, 1)
     assert common.inception_score(sure) == pytest.approx(10)
     assert common.inception_score(torch.eye(10)[[1, 7] * 50]) == pytest.approx(2), "two classes of ten"
-    assert common.inception_score(torch.eye(10)[[3] * 50]) == common.inception_score(torch.full((50, 10), 0.1)) == pytest.approx(1)
+    for alike in (torch.eye(10)[[3] * 50], torch.full((50, 10), 0.1)):
+        assert common.inception_score(alike) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("count, spread", [(700, 1.0), (1200, 0.3), (40, 3.0)])
@@ -110,47 +97,20 @@ def test_divergence_against_scipy():
     assert common.divergence(torch.tensor([5, 5, 0]), torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("score", [
-    common.inception_score, lambda samples: common.frechet_distance(samples, torch.rand(9, 2)),
-    lambda samples: common.precision_recall(samples, torch.rand(9, 2)),
-    lambda samples: common.mixture_scores(samples, *common.MIXTURES["ring"]),
-    lambda samples: common.ImageScorer.read(None, [samples.view(1, 1, 3, 6)])],
-    ids=["IS", "FD", "precision", "points", "images"])
-def test_what_is_not_finite_has_no_score(score, value, capsys):
-    """One such number is enough, whichever score comes first: one line, exit code 1."""
-    samples = torch.rand(9, 2)
-    samples[4, 1] = value
-    with pytest.raises(SystemExit) as stop:
-        score(samples)
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 1 and line.endswith("samples are not finite numbers: there is nothing to score")
-
-
 # ----------------------------------------------------------------------------------------- points
 
 @pytest.mark.parametrize("name, modes", [("gaussians", 8), ("ring", 8), ("grid", 25)])
-def test_mixtures(name, modes):
-    """As many distinct centres as announced, whose 3-sigma discs do not touch; a perfect sampler scores what it must."""
+def test_perfect_samplers(name, modes):
+    """Fresh points of the mixture score what the floor says, on average."""
     centres, sigma = common.MIXTURES[name]
-    assert centres.shape == (modes, 2) and nn.functional.pdist(centres).min() > 6 * sigma
-    data = common.load_data(name, "unused")
-    assert len(data.samples) == (60_000 if name == "gaussians" else 100_000)
-    offsets = (data.samples - centres[data.labels]) / sigma
-    assert offsets.mean(0).abs().max() < 0.02 and (offsets.std(0) - 1).abs().max() < 0.02
-    floor = common.PointScorer(Namespace(dataset=name)).floor
-    assert floor["modes"] == modes
-    assert floor["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.001), "chi-squared of two dimensions at 3 sigma"
-    assert floor["KL"] == pytest.approx((modes - 1) / (2 * 2500), rel=0.2), "the bias of a plug-in estimate"
-
-
-def test_ring_and_grid_are_pacgans():
-    ring, sigma = common.MIXTURES["ring"]
-    assert torch.allclose(ring.norm(dim=1), torch.ones(8)) and sigma == 0.01
-    grid, sigma = common.MIXTURES["grid"]
-    grid, sigma = 4 * grid, 4 * sigma
-    assert {tuple(point) for point in grid.tolist()} == {(x, y) for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)}
-    assert sigma == 0.05
+    assert centres.shape == (modes, 2) and nn.functional.pdist(centres).min() > 6 * sigma, "discs that do not touch"
+    floor = common.make_scorer(Namespace(dataset=name)).floor
+    samples = common.load_data(Namespace(dataset=name, channels=1, image_size=28, batch_size=1)).samples
+    scores = [common.mixture_scores(part, centres, sigma) for part in samples[:50_000].split(2500)]
+    assert all(score["modes"] == floor["modes"] == modes for score in scores)
+    assert floor["high_quality"] == pytest.approx(1 - math.exp(-4.5)), "chi-squared of two dimensions at 3 sigma"
+    assert np.mean([score["high_quality"] for score in scores]) == pytest.approx(floor["high_quality"], abs=0.002)
+    assert np.mean([score["KL"] for score in scores]) == pytest.approx(floor["KL"], rel=0.3), "the bias of an estimate"
 
 
 @pytest.mark.parametrize("name", common.MIXTURES)
@@ -177,99 +137,78 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def few_digits(monkeypatch, cache):
-    """12,000 training and 1,000 test digits, and a cache of classifiers of our own."""
-    draw = common.draw_digits
-    count = {"train": 12_000, "test": 1_000}
-    monkeypatch.setattr(common, "draw_digits", lambda split: tuple(part[:count[split]].clone() for part in draw(split)))
+def digits(monkeypatch, cache):
+    """8,000 training and 500 test digits, and a cache of classifiers of our own."""
+    images, labels = common.draw_digits("test")
+    parts = {"train": slice(8000), "test": slice(8000, 8500)}
+    monkeypatch.setattr(common, "draw_digits", lambda split: (images[parts[split]], labels[parts[split]]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
+def options(**changes):
+    digits = dict(dataset="digits", data_dir="", channels=1, image_size=28, classes=0, batch_size=1)
+    return Namespace(**{**digits, **changes})
+
+
 @pytest.fixture
-def scorer(few_digits):
-    return common.make_scorer(Namespace(dataset="digits", data_dir="unused", channels=1, classes=10, eval_interval=1))
+def scorer(digits):
+    return common.make_scorer(options(classes=10))
 
 
 @pytest.mark.slow
-def test_classifier_reads_99_percent(monkeypatch, tmp_path, capsys):
-    """On all drawn digits; trained once, the same again, without a random number of the training."""
+def test_classifier_reads_99_percent(monkeypatch, tmp_path):
+    """Of all drawn digits; real images score nearly as high as can be."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    args = Namespace(dataset="digits", data_dir="unused", channels=1, classes=0, eval_interval=None)
-    random = torch.get_rng_state()
-    monkeypatch.setattr(torch, "manual_seed", None)  # it would seed the GPU's random numbers as well
-    first = common.make_scorer(args)
-    assert capsys.readouterr().out == "", "trained when it is needed"
-    assert first.about["classifier"]["accuracy"] >= 0.99
-    assert torch.equal(random, torch.get_rng_state())
-    assert "training a classifier of digits, once" in capsys.readouterr().out
-    assert common.make_scorer(args).about == first.about
-    assert capsys.readouterr().out == ""
-    assert first.floor["IS"] > 9.5 and first.floor["classes"] == 10 and first.floor["KL"] < 0.01
-    assert min(first.floor["precision"], first.floor["recall"]) > 0.8
+    scorer = common.make_scorer(options())
+    assert float(re.search(r"right on ([\d.]+)%", scorer.against)[1]) >= 99
+    assert scorer.floor["IS"] > 9.5 and scorer.floor["classes"] == 10 and scorer.floor["KL"] < 0.01
+    assert min(scorer.floor["precision"], scorer.floor["recall"]) > 0.8
 
 
-def test_cache_of_classifiers(few_digits, monkeypatch, tmp_path, capsys):
-    trained = []
-    network = common.make_classifier().eval()
+def test_cache_of_classifiers(monkeypatch, tmp_path, capsys):
+    """One for each data set, trained once; a damaged file, or none that can be kept, is no hindrance."""
+    def load(images, labels, says):
+        network = common.load_classifier("digits", images, labels)
+        assert not network.training and says in capsys.readouterr().out
+        return network.state_dict()
 
-    def train(images, labels):
-        trained.append(len(images))
-        torch.manual_seed(0)
-        return network
-
-    monkeypatch.setattr(common, "train_classifier", train)
-    monkeypatch.setattr(common.inspect, "getsource", lambda function: recipe)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data, recipe = common.load_data("digits", "unused"), "one"
-    torch.manual_seed(1)
+    images, labels = torch.randint(256, (512, 1, 28, 28), dtype=torch.uint8), torch.arange(512) % 10
     random = torch.get_rng_state()
-    for _ in range(2):
-        common.load_classifier(data)
-    assert len(trained) == 1 and torch.equal(random, torch.get_rng_state()), "a training keeps its random numbers"
-    recipe = "two"
-    common.load_classifier(data)
-    data.samples[5] += 1
-    common.load_classifier(data)
-    data.labels[5] += 1
-    common.load_classifier(data)
-    assert len(trained) == 4, "another recipe, other images, other labels: another classifier"
-    files = sorted((tmp_path / "cache" / "gan-scripts").iterdir())
-    assert len(files) == 4 and all(path.suffix == ".pt" for path in files)
-    for path in files:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1  # a single bit of a weight
-        path.write_bytes(content)
-    capsys.readouterr()
-    common.load_classifier(data)
-    assert len(trained) == 5 and "training a classifier of digits" in capsys.readouterr().out
-    common.load_classifier(data)
-    assert len(trained) == 5
+    first = load(images, labels, "training a classifier of digits")
+    path, = (tmp_path / "cache").rglob("*.*")
+    whole = path.read_bytes()
+    assert unchanged(first, load(images, labels, "")) and path.read_bytes() == whole
+    assert torch.equal(random, torch.get_rng_state()), "a training keeps its random numbers"
+    path.write_bytes(whole[:5000])
+    assert unchanged(first, load(images, labels, "training a classifier")), "the same weights again"
+    load(images.roll(1, 0), labels, "training a classifier"), load(images, labels.roll(1), "training a classifier")
+    assert len(list((tmp_path / "cache").rglob("*.*"))) == 3
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    common.load_classifier(data)
-    assert "the classifier cannot be kept in" in capsys.readouterr().out
+    assert unchanged(first, load(images, labels, "not kept"))
 
 
-def test_held_out_images_are_a_sixth_that_the_classifier_has_not_seen(few_digits, monkeypatch):
-    seen = []
-    monkeypatch.setattr(common, "load_classifier", lambda data: seen.append(data) or common.make_classifier().eval())
-    scorer = common.make_scorer(Namespace(dataset="digits", data_dir="unused", channels=1, classes=0, eval_interval=None))
-    images, _ = common.draw_digits("train")
-    assert not seen and scorer.classifier
-    assert torch.equal(scorer.held_out.samples, images[5::6]) and len(seen[0].samples) == 10_000
-    rest = torch.cat([images[start::6] for start in range(5)])
-    assert torch.equal(seen[0].samples.flatten(1).sum(1).sort()[0], rest.flatten(1).sum(1).sort()[0])
+def test_the_floor_is_of_images_that_the_classifier_has_not_seen(digits, monkeypatch):
+    """Every sixth training image."""
+    seen, network = [], common.make_classifier().eval()
+    monkeypatch.setattr(common, "load_classifier", lambda name, *data: seen.extend(data) or network)
+    scorer, (images, labels) = common.make_scorer(options()), common.draw_digits("train")
+    others = torch.arange(8000) % 6 != 5
+    assert torch.equal(seen[0], images[others]) and torch.equal(seen[1], labels[others])
+    expected = score(scorer, images[5::6])
+    assert scorer.floor.pop("counts") == expected.pop("counts") and scorer.floor == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("size, channels", [(32, 1), (64, 1), (128, 3), (28, 3)])
-def test_larger_images_are_read_as_they_were(few_digits, size, channels):
+@pytest.mark.parametrize("size, channels", [(28, 3), (32, 1), (64, 1), (128, 3)])
+def test_larger_images_are_read_as_they_were(scorer, size, channels):
     """At the size of 02's ladder and of 06: the classifier sees the 28x28 pixels again, or nearly."""
-    plain, large = (common.make_scorer(Namespace(dataset="digits", data_dir="unused", classes=0, eval_interval=None, **shape))
-                    for shape in (dict(channels=1), dict(image_size=size, channels=channels)))
+    large = common.load_data(options(image_size=size, channels=channels), "test")
+    index = torch.arange(250)
+    features, probabilities = scorer.read([large.scaled(index)])
     if size <= 32:
-        torch.testing.assert_close(large.reference, plain.reference)
-    assert next(large.real(large.test)).shape == (250, channels, size, size)
-    assert abs(large.about["classifier"]["accuracy"] - plain.about["classifier"]["accuracy"]) < 0.02
+        torch.testing.assert_close(features, scorer.reference[index])
+    assert (probabilities.argmax(1) == scorer.test.labels[index]).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -291,15 +230,16 @@ def score(scorer, images, labels=None):
 
 def test_planted_sets(scorer):
     """Ones and sevens; one image per class; noise; one grey image: what each score sees, and what it does not."""
-    images, labels, floor = scorer.held_out.samples[:1000], scorer.held_out.labels[:1000], scorer.floor
+    images, labels = (part[5::6][:1000] for part in common.draw_digits("train"))
     scorer.args.classes = 0
     real = score(scorer, images)
-    two = score(scorer, torch.cat([images[(labels == 1) | (labels == 7)].repeat(6, 1, 1, 1)[:995], images[labels == 3][:5]]))
+    ones_and_sevens = images[(labels == 1) | (labels == 7)].repeat(6, 1, 1, 1)[:995]
+    two = score(scorer, torch.cat([ones_and_sevens, images[labels == 3][:5]]))
     assert two["classes"] == 2 and two["counts"][3] >= 4, "five threes are less than a tenth of their share"
     assert 1.8 < two["IS"] < 2.4, "exercise 2"
-    assert two["KL"] == pytest.approx(math.log(5), abs=0.15) and two["FD"] > 10 * floor["FD"]
+    assert two["KL"] == pytest.approx(math.log(5), abs=0.15) and two["FD"] > 10 * scorer.floor["FD"]
     assert two["precision"] > 0.8 and two["recall"] < 0.4
-    clearest = scorer.held_out_features[1][:1000].argmax(0)
+    clearest = scorer.read([images / 127.5 - 1])[1].argmax(0)
     ten = score(scorer, images[clearest].repeat(100, 1, 1, 1))
     assert ten["IS"] > 0.95 * real["IS"] and ten["classes"] == 10, "the Inception Score does not see it"
     assert ten["FD"] > 5 * real["FD"] and ten["recall"] < 0.1
@@ -311,86 +251,47 @@ def test_planted_sets(scorer):
     assert grey["IS"] == pytest.approx(1) and grey["classes"] == 1
 
 
-class Principal(nn.Module):
-    """A conditional generator trained by least squares: the principal components of each class, z their weights."""
+class Copies(nn.Module):
+    """A perfect conditional generator: an image of the class, chosen by z; but for noise on its pixels."""
 
-    def __init__(self, images, labels, count=60):
+    def __init__(self, images, labels):
         super().__init__()
-        points = images.float().flatten(1) / 127.5 - 1
-        means, components = [], []
-        for digit in range(10):
-            members = points[labels == digit]
-            means.append(members.mean(0))
-            _, sizes, directions = torch.linalg.svd(members - means[-1], full_matrices=False)
-            components.append(sizes[:count, None] * directions[:count] / len(members)**0.5)
-        self.means, self.components = nn.Parameter(torch.stack(means)), nn.Parameter(torch.stack(components))
+        self.classes, self.noise = [images[labels == digit] for digit in range(10)], nn.Parameter(torch.zeros(()))
 
     def forward(self, z, labels):
-        pixels = self.means[labels] + torch.einsum("nk,nkp->np", z, self.components[labels])
-        return pixels.view(-1, 1, 28, 28)
-
-
-def pipeline_of(scorer):
-    args = Namespace(latent_dim=60, classes=10, seed=0, dataset="digits")
-    return common.Pipeline(Principal(*common.draw_digits("train")), load_script("02_dcgan").generate_noise, args)
+        images = [self.classes[label][int(abs(z) * 1e4) % len(self.classes[label])] for z, label in zip(z[:, 0], labels)]
+        images = torch.stack(images) / 127.5 - 1
+        return images + self.noise * torch.randn(images.shape)
 
 
 def test_damage_shows_in_every_score(scorer):
-    """Noise on the weights of a trained generator makes every score worse, step by step."""
-    pipeline = pipeline_of(scorer)
-    clean = [part.detach().clone() for part in pipeline.generator.parameters()]
-    series = []
-    for amount in (0, 0.05, 0.1, 0.2):
-        torch.manual_seed(0)
-        for part, value in zip(pipeline.generator.parameters(), clean):
-            part.data = value + amount * torch.randn_like(value)
+    """A perfect generator scores as real images do; noise makes every score worse, step by step."""
+    generator, series = Copies(*common.draw_digits("train")), []
+    args = Namespace(latent_dim=1, classes=10, seed=0, dataset="digits", label=None)
+    pipeline = common.Pipeline(generator, load_script("02_dcgan").generate_noise, args)
+    torch.manual_seed(0)
+    for noise in (0, 0.5, 1, 2):
+        generator.noise.data.fill_(noise)
         series.append(scorer(pipeline))
-    for worse, better in zip(series[1:], series):
-        for name in ("IS", "precision", "recall", "as_asked"):
-            assert worse[name] < better[name], name
-        for name in ("FD", "FD_held_out", "KL"):
-            assert worse[name] > better[name], name
-    assert series[0]["as_asked"] > 0.95 and series[0]["classes"] == 10 > series[-1]["classes"]
-    assert series[0]["FD"] > scorer.floor["FD"] and series[0]["recall"] < scorer.floor["recall"]
-
-
-def test_another_reference_shows(scorer):
-    """Zeros to fours as the reference for all ten digits; labels asked for that the samples do not have."""
-    pipeline = pipeline_of(scorer)
-    before = scorer(pipeline)
-    low = scorer.test.labels < 5
-    fingerprint = scorer.about["classifier"]["fingerprint"]
-    scorer.reference = tuple(part[low] for part in scorer.reference)
-    half = scorer(pipeline)
-    assert half["recall"] != before["recall"]
-    assert half["FD"] > 1.5 * before["FD"] and half["precision"] < 0.8 * before["precision"]
-    assert half["FD_held_out"] == before["FD_held_out"] and half["IS"] == before["IS"], "these have no part in it"
-    scorer.held_out_features = scorer.reference
-    assert scorer(pipeline)["FD_held_out"] == half["FD"], "best.pt is chosen by held-out images"
-    asked = scorer.test.labels
-    scorer.test = common.Data("", scorer.test.samples, asked % 5)
-    samples = [pipeline(pipeline.noise(1000), asked)]
-    shares = scorer.compare(*scorer.read(samples), asked % 5)
-    with pytest.MonkeyPatch.context() as patch:  # another classifier, labels that are wrong
-        digits = common.draw_digits
-        patch.setattr(common, "draw_digits", lambda split: (digits(split)[0], (digits(split)[1] + 1) % 10))
-        patch.setattr(common, "load_classifier", lambda data: common.make_classifier().eval())
-        about = common.make_scorer(scorer.args).about["classifier"]
-        assert about["fingerprint"] != fingerprint and about["accuracy"] < 0.5
-    assert shares["KL"] is None and shares["classes"] == 5 and shares["as_asked"] < 0.6
+    assert series[0]["FD"] < 2 * scorer.floor["FD"] and series[0]["as_asked"] > 0.95 and series[0]["classes"] == 10
+    for better, worse in zip(series, series[1:], strict=False):
+        assert all(worse[name] < better[name] for name in ("IS", "precision", "recall", "as_asked")), worse
+        assert all(worse[name] > better[name] for name in ("FD", "KL")), worse
 
 
 # ------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture
-def train(tmp_path, few_digits, monkeypatch):
-    """Run a script on few digits in this process, without drawing its curves; returns its folder."""
-    monkeypatch.setattr(common, "save_curves", lambda history, plots, path: path.touch())
-
+def train(tmp_path, digits, monkeypatch):
+    """Run a script on few digits in this process; returns its folder. Its curves are kept as train.plots, not drawn."""
     def call(script, *arguments):
-        load_script(script).main([*QUICK, *map(str, arguments), "--output-dir", str(tmp_path)])
+        kernels = ["--kernels", "reference"] if script[:2] in ("03", "04") else []  # the cache is empty: no compiling
+        load_script(script).main(["--dataset", "digits", "--max-batches", "2", "--batch-size", "16", "--device", "cpu",
+                                  *kernels, *map(str, arguments), "--output-dir", str(tmp_path)])
         return max(tmp_path.glob(f"{script}*"))
-    call.folder = tmp_path
+
+    monkeypatch.setattr(common, "save_curves", lambda history, plots, path: setattr(call, "plots", plots))
+    monkeypatch.setattr(common.Run, "_final_pictures", lambda run: None)  # for speed
     return call
 
 
@@ -398,106 +299,49 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def table(output):
-    """The rows of the last table on the terminal: {title: cells}."""
-    rows = {}
-    for line in output[output.rindex("samples against"):].splitlines():
-        for title, form, best in common.SCORES.values():
-            if line.startswith(title):
-                rows[title] = line.removeprefix(title).removesuffix(best).split()
-    return rows
-
-
 def test_scores_of_a_run(train, capsys):
-    """Every other epoch and at the end: log, table, metrics.json, best.pt; --evaluate repeats them to the digit."""
-    folder = train("04_cgan", "--epochs", 5, "--eval-interval", 2)
+    """Every other epoch and at the end: log, curves, table, metrics.json; --evaluate repeats them to the digit."""
+    folder = train("04_cgan", "--epochs", 3, "--eval-interval", 2)
     output = capsys.readouterr().out
-    assert "data    2000 training samples are held out to choose best.pt" in output
-    assert "data    digits, 10000 samples of [1, 28, 28], batch 16" in output
-    log = read_log(folder)
-    scored = [row for row in log if "FD" in row]
-    assert [row["epoch"] for row in log] == [1, 2, 3, 4, 5] and [row["epoch"] for row in scored] == [2, 4, 5]
-    assert output.count("\nscores  IS") == 2
-    best = min(scored, key=lambda row: row["FD_held_out"])
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for name, row in [("checkpoint.pt", log[-1]), ("best.pt", best)]:
-        assert {key: row[key] for key in metrics[name]} == metrics[name] and metrics[name]["epoch"] == row["epoch"]
-        assert torch.load(folder / name, weights_only=True)["epoch"] == row["epoch"]
-    assert metrics["samples"] == 1000 and metrics["seed"] == 0 and len(metrics["classifier"]["fingerprint"]) == 8
-    assert set(metrics["real images"]) == {"IS", "FD", "FD_held_out", "precision", "recall", "classes", "KL", "as_asked", "counts"}
-    rows = table(output)
-    for name, (title, form, _) in common.SCORES.items():
-        columns = [metrics["checkpoint.pt"], metrics["best.pt"], metrics["real images"]]
-        expected = [format(column[name], form) if name in column else "-" for column in columns] if name in columns[0] else None
-        assert rows.get(title) == expected
-    assert metrics["classifier"]["fingerprint"] in output
+    log, metrics = read_log(folder), json.loads((folder / "metrics.json").read_text())
+    assert [row["epoch"] for row in log if "FD" in row] == [2, 3] and output.count("samples against") == 2
+    floor, names = metrics["real images"], {"IS", "FD", "precision", "recall", "classes", "KL", "as_asked", "counts"}
+    assert set(floor) == names and {name: log[-1][name] for name in names} == {name: metrics[name] for name in names}
+    assert (metrics["epoch"], metrics["samples"], metrics["seed"], sum(metrics["counts"])) == (3, 500, 0, 500)
+    for name in names - {"counts"}:
+        title, form, _ = common.SCORES[name]
+        cells = [format(value, form) for value in (metrics[name], floor[name])]
+        assert re.search(rf"^{title} +{cells[0]} +{cells[1]}  ", output, re.MULTILINE)
+    title, names, guides = next(plot for plot in train.plots if plot[1] == ["FD"])
+    assert guides == {f"real images {floor['FD']:.3f}": floor["FD"]}
 
     before = (folder / "metrics.json").read_bytes()
     load_script("04_cgan").main(["--device", "cpu", "--from", str(folder), "--evaluate"])
-    again = capsys.readouterr().out
-    assert table(again) == rows and (folder / "metrics.json").read_bytes() == before
-    assert str(folder / "metrics.json") in again
-    load_script("04_cgan").main(["--device", "cpu", "--from", str(folder / "best.pt"), "--evaluate", "--seed", "1", "--data-dir", "elsewhere"])
-    other = json.loads((folder / "metrics-best.json").read_text())
-    assert "checkpoint.pt" not in other and other["seed"] == 1
-    assert other["best.pt"]["FD"] != metrics["best.pt"]["FD"] == pytest.approx(other["best.pt"]["FD"], rel=0.2)
-    assert not list(folder.glob("*.tmp")) and not list((folder / "samples").glob("generated*"))
-    load_script("04_cgan").main(["--device", "cpu", "--from", str(folder / "best.pt"), "--evaluate", "--class", "3"])
-    assert [path.name for path in (folder / "samples").glob("generated*")] == ["generated-64-class3-seed0-best.png"]
-    assert (folder / "metrics.json").read_bytes() == before
-    (folder / "best.pt").write_bytes(b"damaged")
-    assert "best.pt does not fit its own options" in refuse(capsys, "04_cgan", "--from", folder, "--evaluate")
-    assert (folder / "metrics.json").read_bytes() == before
-    assert "--data-dir elsewhere contradicts the run" in refuse(capsys, "04_cgan", "--from", folder, "--data-dir", "elsewhere")
+    assert (folder / "metrics.json").read_bytes() == before and not list((folder / "samples").glob("generated*"))
 
 
-def test_curves_hold_the_trajectory(train, monkeypatch):
-    drawn = []
-    save = common.save_curves
-    monkeypatch.setattr(common, "save_curves", lambda history, plots, path: (drawn.append(plots), save(history, plots, path)))
-    train("03_wgan_gp", "--epochs", 2)
-    assert [plot[0] for plot in drawn[-1]][-1] == "loss", "one point is no trajectory"
-    train("03_wgan_gp", "--epochs", 2, "--eval-interval", 1)
-    title, names, guides = drawn[-1][-3]
-    assert (title, names) == ("Frechet distance", ["FD"]) and guides["FD, real images"] > 0
-    assert len(drawn[-1]) == 7
+def test_points_are_scored(train):
+    folder = train("05_sn_label_smoothing", "--dataset", "ring", "--epochs", 2)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["against"] == "the 8 Gaussians of ring" and metrics["samples"] == 2500
+    assert metrics["perfect sampler"]["modes"] == 8 and sum(metrics["counts"]) <= 2500
+    assert ["modes" in row for row in read_log(folder)] == [False, True], "at the end alone"
+    assert not [names for _, names, _ in train.plots if names == ["modes"]], "one point is no trajectory"
 
 
 def test_scoring_leaves_the_training_alone(train):
     """No scores, or scores after each epoch, train the same; so does a moving average, which is what is scored."""
     names = ["W", "penalty", "grad_norm", "loss_C", "loss_G"]
-    for data, settings in [("digits", ([], ["--eval-interval", 0], ["--ema-decay", 0.9])),
-                           ("ring", (["--eval-interval", 0], ["--eval-interval", 1]))]:
-        logs = [read_log(train("03_wgan_gp", "--epochs", 2, "--dataset", data, *flags)) for flags in settings]
-        rows = [[{name: row[name] for name in names} for row in log] for log in logs]
-        assert all(row == rows[0] for row in rows)
+    for dataset in ("digits", "ring"):
+        logs = [read_log(train("03_wgan_gp", "--epochs", 2, "--dataset", dataset, *flags))
+                for flags in (["--eval-interval", 0], ["--eval-interval", 1, "--ema-decay", 0.9])]
+        plain, scored = ([[row[name] for name in names] for row in log] for log in logs)
+        assert plain == scored
 
 
-def test_best_is_chosen_by_held_out_images_alone(train, monkeypatch):
-    """Of FD_held_out 3, 1, 2 the second epoch's is best.pt, though its distance to the test images is the largest."""
-    values = iter([(3, 1), (1, 3), (2, 2)])
-    compare, held_out = common.ImageScorer.compare, []
-
-    def faked(scorer, pipeline):
-        held_out.append(scorer.held_out)
-        chosen, shown = next(values)
-        return {**compare(scorer, *scorer.reference, scorer.test.labels), "FD": shown, "FD_held_out": chosen}
-
-    seen = []
-    batches = common.Data.batches
-    monkeypatch.setattr(common.Data, "batches", lambda data, size: seen.append(data) or batches(data, size))
-    monkeypatch.setattr(common.ImageScorer, "__call__", faked)
-    folder = train("03_wgan_gp", "--epochs", 3, "--eval-interval", 1)
-    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 2
-    assert json.loads((folder / "metrics.json").read_text())["best.pt"]["epoch"] == 2
-    kept, trained = ({image.numpy().tobytes() for image in data.samples} for data in (held_out[0], seen[0]))
-    assert len(kept) > 1900 and not kept & trained, "what chooses was not trained on"
-
-
-def test_moving_average(train, tmp_path):
-    """After every step the mean of all so far, with weights 1, 0.9, 0.81, ... back from it; it is what is scored, drawn and kept."""
-    followed, seen = [], []
-    update = common.update_average
+def test_moving_average(train, monkeypatch):
+    """After each step the mean of all so far, with weights 1, 0.9, 0.81, ... back from it; that is scored and drawn."""
+    followed, seen, update = [], [], common.update_average
 
     def follow(average, generator, decay, step):
         update(average, generator, decay, step)
@@ -505,131 +349,54 @@ def test_moving_average(train, tmp_path):
         assert step == len(seen)
         weights = [0.9**age for age in reversed(range(step))]
         for name, value in average.state_dict().items():
-            mean = sum(weight * state[name] for weight, state in zip(weights, seen)) / sum(weights)
+            mean = sum(weight * state[name] for weight, state in zip(weights, seen, strict=True)) / sum(weights)
             torch.testing.assert_close(value, mean if value.is_floating_point() else seen[-1][name])
-        followed.append(average)
+        followed.append(snapshot(average.state_dict().items()))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(common, "update_average", follow)
         folder = train("03_wgan_gp", "--epochs", 2, "--ema-decay", 0.9, "--lr-g", 0.01)
-    assert len(followed) == 4 and len(set(map(id, followed))) == 1
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(value, checkpoint["average"][name]) for name, value in followed[0].state_dict().items())
+    assert len(followed) == 4 and unchanged(followed[-1], checkpoint["average"])
     assert unchanged(seen[-1], checkpoint["generator"]), "taken after the step, not before"
-    assert not torch.equal(checkpoint["average"]["model.0.weight"], checkpoint["generator"]["model.0.weight"])
+    assert not unchanged(checkpoint["average"], checkpoint["generator"])
     plain = train("03_wgan_gp", "--epochs", 2, "--lr-g", 0.01)
-    assert (folder / "samples" / "final.png").read_bytes() != (plain / "samples" / "final.png").read_bytes()
-    assert read_log(folder)[-1]["FD"] != read_log(plain)[-1]["FD"]
+    for name in ("metrics.json", "samples/epoch_0002.png"):
+        assert (folder / name).read_bytes() != (plain / name).read_bytes()
     assert "average" not in torch.load(plain / "checkpoint.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("decay, expected", [(1, [1, 3 / 4, 2 / 4, 1 / 4]), (0.5, [1, 1, 1, 0.5]), (0, [1, 1, 1, 1])])
 def test_learning_rates_fall_to_0(train, monkeypatch, decay, expected):
     """Linearly over the last part of the training, every optimizer from its own rate."""
-    module, rates = load_script("03_wgan_gp"), []
-    step = module.generator_step
-    monkeypatch.setattr(module, "generator_step", lambda generator, critic, optimizer, z: (
-        rates.append(optimizer.param_groups[0]["lr"]), step(generator, critic, optimizer, z))[1])
-    critic_rates = []
-    critic_step = module.critic_step
-    monkeypatch.setattr(module, "critic_step", lambda generator, critic, optimizer, *rest: (
-        critic_rates.append(optimizer.param_groups[0]["lr"]), critic_step(generator, critic, optimizer, *rest))[1])
-    train("03_wgan_gp", "--epochs", 2, "--lr-decay", decay, "--lr-g", 0.01, "--lr-d", 0.02, "--eval-interval", 0)
-    assert rates == pytest.approx([0.01 * part for part in expected])
-    assert critic_rates[::5] == pytest.approx([0.02 * part for part in expected])
+    module, rates = load_script("03_wgan_gp"), {"generator_step": [], "critic_step": []}
+
+    def watch(name):
+        step = getattr(module, name)
+
+        def call(generator, critic, optimizer, *rest):
+            rates[name].append(optimizer.param_groups[0]["lr"])
+            return step(generator, critic, optimizer, *rest)
+        monkeypatch.setattr(module, name, call)
+
+    watch("generator_step"), watch("critic_step")
+    train("03_wgan_gp", "--epochs", 2, "--lr-decay", decay, "--lr-g", 0.01, "--lr-d", 0.02, "--eval-interval", 0,
+          "--dataset", "ring")
+    assert rates["generator_step"] == pytest.approx([0.01 * part for part in expected])
+    assert rates["critic_step"][::5] == pytest.approx([0.02 * part for part in expected])
 
 
-def test_points_are_scored(train, capsys):
-    folder = train("05_sn_label_smoothing", "--dataset", "ring", "--epochs", 2, "--eval-interval", 1)
-    output = capsys.readouterr().out
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["against"] == "the 8 Gaussians of ring" and metrics["samples"] == 2500 and not (folder / "best.pt").exists()
-    assert metrics["perfect sampler"]["modes"] == 8 and sum(metrics["checkpoint.pt"]["counts"]) <= 2500
-    assert table(output)["modes captured"][1] == "8"
-    assert [set(row) >= {"modes", "high_quality", "KL"} for row in read_log(folder)] == [True, True]
-
-
-def test_ctrl_c_keeps_the_scores(train, monkeypatch, capsys):
-    """While the curves are drawn after the second scores: they are in the log, and in metrics.json beside the floor."""
-    def interrupted(run):
-        if len(run.history) == 2 and "FD" in run.history[-1] and not drawn:
-            drawn.append(run)
-            raise KeyboardInterrupt
-
-    drawn = []
-    monkeypatch.setattr(common.Run, "_curves", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        train("03_wgan_gp", "--epochs", 3, "--eval-interval", 1)
-    folder = next(iter(Path(capsys.readouterr().out.partition("output  ")[2].partition(":")[0]).parent.iterdir()))
-    assert stop.value.code == 130 and read_log(folder)[-1]["epoch"] == 2
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["checkpoint.pt"]["epoch"] == 2 and metrics["checkpoint.pt"]["FD"] == read_log(folder)[-1]["FD"]
-
-
-def test_scores_come_when_all_else_is_safe(train, monkeypatch):
-    """The classifier is trained for the first score; at the end that is after checkpoint, log and pictures."""
-    seen, load = [], common.load_classifier
-
-    def spy(data):
-        folder = max(train.folder.glob("03_wgan_gp*"))
-        seen.append({path.name for path in (folder / "samples").iterdir()} | {path.name for path in folder.iterdir()})
-        return load(data)
-
-    monkeypatch.setattr(common, "load_classifier", spy)
-    train("03_wgan_gp", "--epochs", 2)
-    assert len(seen) == 1 and seen[0] >= {"checkpoint.pt", "log.jsonl", "curves.png", "final.png", "progress.gif", "latent_walk.png"}
-
-
-def refuse(capsys, script, *arguments, code=2):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        load_script(script).main([str(argument) for argument in arguments])
-    assert stop.value.code == code
-    line, = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_what_cannot_be_scored_says_so(few_digits, monkeypatch, tmp_path, capsys):
-    module = load_script("03_wgan_gp")
-    draw = common.draw_digits
-    monkeypatch.setattr(common, "draw_digits", lambda split: tuple(part[:100] for part in draw(split)))
-    line = refuse(capsys, "03_wgan_gp", *QUICK, "--epochs", 1, "--output-dir", tmp_path)
-    assert "100 training and 100 test images are too few to score samples with; --eval-interval 0" in line
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(common, "draw_digits", lambda split: tuple(part[:{"train": 600, "test": 50}[split]] for part in draw(split)))
-    module.main([*QUICK, "--epochs", "1", "--output-dir", str(tmp_path)])
-    folder = tmp_path / "03_wgan_gp-digits-0001"
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    checkpoint["generator"]["model.0.bias"][:] = math.nan
-    torch.save(checkpoint, folder / "checkpoint.pt")
-    before = (folder / "metrics.json").read_bytes()
-    assert "weights that are no finite numbers" in refuse(capsys, "03_wgan_gp", "--from", folder, "--evaluate")
-    assert (folder / "metrics.json").read_bytes() == before
-
-
-def test_images_of_your_own_have_no_scores(few_digits, tmp_path, capsys):
-    for index, image in enumerate(common.draw_digits("test")[0][:20]):
-        save_image(image / 255, tmp_path / f"{index}.png")
-    load_script("02_dcgan").main(["--dataset", "folder", "--data-dir", str(tmp_path), "--epochs", "1", "--batch-size", "8",
-                                  "--max-batches", "1", "--output-dir", str(tmp_path / "runs")])
-    assert "scores  none: images of your own have no test images" in capsys.readouterr().out
-    folder = tmp_path / "runs" / "02_dcgan-folder-0001"
-    assert "images of your own have no test images" in refuse(capsys, "02_dcgan", "--from", folder, "--evaluate")
-    assert "--eval-interval: images of your own have no test images" in refuse(
-        capsys, "02_dcgan", "--dataset", "folder", "--data-dir", tmp_path, "--eval-interval", 5, "--batch-size", 8, "--output-dir", tmp_path / "no")
-    assert not list((tmp_path / "no").iterdir())
-
-
-def test_the_code_of_exercise_2_runs(few_digits, monkeypatch, tmp_path, capsys):
+def test_the_code_of_exercise_2_runs(digits, monkeypatch, tmp_path, capsys):
     """As printed in docs/exercises.md, but on drawn digits."""
     text = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
     code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert code.count('"mnist"') == 1
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace('"mnist"', '"digits"').replace("repeat(1000", "repeat(100"), "exercise 2", "exec"), {})  # noqa: S102
-    output = capsys.readouterr().out.splitlines()
-    real, two = (eval(line.partition("{")[2].join("{}").replace("}}", "}")) for line in output if line.startswith(("real", "ones")))
-    assert (real["classes"], two["classes"]) == (10, 2) and two["IS"] < 2.5 and real["IS"] > 9
-    clusters = [json.loads(line.partition(":")[2]) for line in output if line.startswith("k-means")]
+    code = code.replace('"mnist"', '"digits"').replace("repeat(1000", "repeat(100")
+    exec(compile(code, "exercise 2", "exec"), {})  # noqa: S102
+    lines = capsys.readouterr().out.splitlines()
+    real, two = (eval(line[line.index("{"):]) for line in lines if line.startswith(("real", "ones")))
+    assert (real["classes"], two["classes"]) == (10, 2) and two["IS"] < 2.5 and real["IS"] > 8.5
+    clusters = [json.loads(line.partition(":")[2]) for line in lines if line.startswith("k-means")]
     assert len(clusters) == 2 and all(len(sizes) == 10 and sizes[0] > 0 for sizes in clusters), "k-means does not tell"
-    assert (tmp_path / "ones_and_sevens.png").exists()
+    assert (tmp_path / "ones and sevens.png").exists()
