@@ -17,14 +17,17 @@ At the equilibrium (Nash均衡) D(x) = D(G(z)) = 0.5: a cross-entropy of ln 2 pe
     python 01_vanilla_gan.py                            chapter 3: one logit, binary cross-entropy
     python 01_vanilla_gan.py --variant two-logit        chapter 11: two logits, dropout
     python 01_vanilla_gan.py --variant keras            the networks of document 002
-    python 01_vanilla_gan.py --dataset gaussians        実装例3's 8 Gaussians, halved; or ring, grid
+    python 01_vanilla_gan.py --dataset gaussians        実装例3's 8 Gaussians, coordinates divided
+                                                        by 2; or ring, grid
 
 Differs from the text: the real images are MNIST's, where 実装例2 has noise (erratum 5); the
 discriminator returns logits l, numbers before the sigmoid: D = sigmoid(l) (erratum 6); each update
-draws its own z (3.2 and 11.2 reuse one). --variant keras has the networks and constants of
-document 002, nothing else of it: 002 samples its batches with replacement, updates D twice per
-step, on real and then on fake, generates its fakes in inference mode, and has Keras' initial
-weights and 1e-7 as Adam's eps.
+draws its own z (3.2 and 11.2 reuse one); the epoch line shows means over the epoch (実装例2 prints
+the losses of one batch); 実装例3 draws 1,000 points anew, here 60,000 stay the same. --variant
+keras has the networks and constants of document 002, nothing else of it: 002 samples its batches
+with replacement, updates D twice per step, on real and then on fake, generates its fakes in
+inference mode, has one Adam for D and the whole model (erratum 15), and has Keras' initial weights
+and 1e-7 as Adam's eps.
 """
 
 import common
@@ -34,18 +37,19 @@ import torch.nn.functional as F
 from torch import nn
 
 # ------------------------------------------------------------------------------- hyperparameters
-# Chapter 3's 3 epochs are 30 steps on noise; the 50 are ours. The 16 of keras are the 30,000 steps
-# of 32 that document 002 calls epochs (erratum 12). points: ours, for --dataset gaussians, ring and
-# grid. An epoch is N // batch steps: a last, smaller batch is left out. Where the text names no
-# betas, they are Adam's defaults, 0.9 and 0.999. two-logit: 11.2.2 finds that D learns better than
-# G, so lr_d is smaller; there latent_dim is NoiseSize, batch_size MiniBatchSize, epochs MaxEpoch.
+# An epoch is N // batch steps: a last, smaller batch is left out.
 CONSTANTS = {
+    # 実装例2 (3.2). Its 3 epochs are 30 steps on noise; the 50 are ours.
     "bce": dict(epochs=50, batch_size=64, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                 latent_dim=100, noise="normal", generator_loss="non-saturating"),
+    # 11.2.2: NoiseSize, MiniBatchSize, MaxEpoch. lr_d is smaller because D learns better than G.
+    # The text names no betas: Adam's defaults.
     "two-logit": dict(epochs=500, batch_size=300, lr_g=1e-4, lr_d=4e-5, beta1=0.9, beta2=0.999,
                       latent_dim=100, noise="uniform", generator_loss="non-saturating"),
+    # 002. The 30,000 steps of 32 that it calls epochs are 16 epochs (erratum 12).
     "keras": dict(epochs=16, batch_size=32, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                   latent_dim=100, noise="normal", generator_loss="non-saturating"),
+    # For --dataset gaussians, ring and grid; ours.
     "points": dict(epochs=50, batch_size=256, lr_g=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999,
                    latent_dim=100, noise="normal", generator_loss="non-saturating"),
 }
@@ -103,10 +107,10 @@ class Chapter11Discriminator(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Flatten(),
-            # common.Dropout is nn.Dropout(0.5), faster on the CPU.
-            nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
+            # common.Dropout is nn.Dropout, faster on the CPU.
+            nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
             nn.Linear(128, 2))
 
 
@@ -192,9 +196,9 @@ TWO_LOGITS = chapter11_discriminator_loss, chapter11_generator_loss, chapter11_p
 # --------------------------------------------------------------------------------- training step
 # The steps of 11.2.1, 11.2.2 and 実装例2. D first, then G: the listings' order (erratum 22).
 def discriminator_step(generator, discriminator, optimizer, real, z, q, probability):
-    """One step down Q (q); real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
+    """One optimizer step that lowers Q; q computes it from logits. Returns what to log.
 
-    Returns what to log.
+    real: [N, 1, 28, 28] or [N, 2]; z: [N, latent_dim]; probability: from logits, too.
     """
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
@@ -204,18 +208,22 @@ def discriminator_step(generator, discriminator, optimizer, real, z, q, probabil
     loss.backward()
     optimizer.step()
     d_real, d_fake = probability(real_logits), probability(fake_logits)
-    # acc_D: the mean of the share of reals above 0.5 and of the share of fakes not above it. acc_G
-    # is the share of fakes above 0.5 after this update: about 1 - that second share (erratum 25).
+    # acc_D: the fraction of real and fake images that D classifies correctly. acc_G, in
+    # generator_step: the fraction of fakes that D calls real, after D's update (erratum 25).
     accuracy = ((d_real > 0.5).float().mean() + (d_fake <= 0.5).float().mean()) / 2
     return {"D(x)": d_real.mean(), "D(G(z))": d_fake.mean(), "acc_D": accuracy, "loss_D": loss}
 
 
 def generator_step(generator, discriminator, optimizer, z, p, probability, kind="non-saturating"):
-    """One step down P (p; 11.2.1, 11.2.2, 実装例2); z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers P (11.2.1, 11.2.2, 実装例2). Returns what to log.
+
+    z: [N, latent_dim]; p computes P from logits, kind says which P.
+    """
     logits = discriminator(generator(z))
     loss = p(logits, kind)
     optimizer.zero_grad()
-    loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated
+    # Gradients for G only, 11.1.1's 生成器だけ; 002 sets D's trainable = False for this.
+    loss.backward(inputs=list(generator.parameters()))
     optimizer.step()
     return {"acc_G": (probability(logits) > 0.5).float().mean(), "loss_G": loss}
 

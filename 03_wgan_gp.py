@@ -8,23 +8,24 @@ Text: chapter 11, section 11.3 (WGAN-gp); chapter 3, section 3.4 (実装例5).
     x_hat = epsilon x + (1 - epsilon) G(z)                    a point between real and fake (補間点)
     epsilon ~ U(0, 1)                                         uniform (一様分布)
 
-The text writes D for the critic C; in 3.4 Q is L_D and P is L_G. mean(C(x)) - mean(C(G(z))), logged
-as W, is at most the Wasserstein distance (ワッサースタイン距離) where ||g|| is at most 1
-everywhere, and equal to it for the best such C. How far it stays below: docs/runs.md.
+The text writes D for the critic C; in 3.4 Q is L_D and P is L_G. W = mean(C(x)) - mean(C(G(z)))
+estimates the Wasserstein distance (ワッサースタイン距離). For a C whose slope is at most 1
+everywhere (1-Lipschitz) it is a lower bound, tight for the best such C; ours is far below:
+docs/runs.md.
 
-    python 03_wgan_gp.py --epochs 5                     chapter 11: fully connected networks
+    python 03_wgan_gp.py                                chapter 11: fully connected networks
     python 03_wgan_gp.py --critic conv                  chapter 3: convolutional networks
-    python 03_wgan_gp.py --dataset gaussians            実装例3's 8 Gaussians, halved; or ring, grid
-    python 03_wgan_gp.py --penalty autograd             the penalty as the text computes it
-    python 03_wgan_gp.py --kernels reference            the penalty by PyTorch's operations alone
-    python 03_wgan_gp.py --compare-kernels              check and time its fused kernel against them
+    python 03_wgan_gp.py --dataset gaussians            実装例3's 8 Gaussians, coordinates divided
+                                                        by 2; or ring, grid
+    python 03_wgan_gp.py --kernels reference            the penalty by the formula alone
+    python 03_wgan_gp.py --compare-kernels              check and time the fused one against it
 
 Differs from the text: every critic step draws a real batch of its own (erratum 10), so an epoch
 reads the data n_critic times; every step draws its own z (実装例5 reuses one). The epoch line shows
-means over the epoch (11.3.2 prints the last batch). --critic mlp computes the penalty in a faster
-way, explicit_terms; --penalty autograd is the text's way, gradient_penalty. --critic conv leaves
-out 実装例5's BatchNorm (erratum 3), takes the 512 numbers that its convolutions leave (erratum 2)
-and has 11.3's betas (erratum 4); its real images are MNIST's, not noise (erratum 5).
+means over the epoch (11.3.2 prints the last batch). --critic conv leaves out 実装例5's BatchNorm
+(erratum 3); its last layer has 128 * 2 * 2 = 512 inputs, not 128 (erratum 2); it has 11.3's betas
+(erratum 4), a batch of 64 (実装例5: 32), and leaves out an epoch's last, smaller batch; its real
+images are MNIST's, not noise (erratum 5).
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -43,20 +44,18 @@ from torch import nn
 # training. ema_decay: samples come from a moving average of G.
 CONSTANTS = {
     "mlp": dict(epochs=300, batch_size=300, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,  # erratum 7
-                latent_dim=100, noise="uniform", gp_weight=10.0, n_critic=5, penalty="explicit"),
+                latent_dim=100, noise="uniform", gp_weight=10.0, n_critic=5),
     "conv": dict(epochs=5, batch_size=64, lr_g=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,    # erratum 4
-                 latent_dim=100, noise="normal", gp_weight=10.0, n_critic=5, penalty="autograd"),
+                 latent_dim=100, noise="normal", gp_weight=10.0, n_critic=5),
     "points": dict(epochs=40, batch_size=256, lr_g=1e-3, lr_d=1e-3, beta1=0.5, beta2=0.9,
-                   latent_dim=100, noise="normal", gp_weight=1.0, n_critic=5, penalty="autograd",
-                   lr_decay=1.0, ema_decay=0.999),
+                   latent_dim=100, noise="normal", gp_weight=1.0, n_critic=5, lr_decay=1.0,
+                   ema_decay=0.999),
 }
 
 FLAGS = [
     ("training", "--critic", "networks and constants (default: mlp)",
      dict(dest="variant", choices=["mlp", "conv"])),
     ("training", "--gp-weight", "lambda of the gradient penalty", common.WEIGHT),
-    ("training", "--penalty", "by second-order autograd, as in the text; or as a matrix product",
-     dict(choices=["autograd", "explicit"])),
     ("training", "--n-critic", "critic steps per generator step", common.COUNT),
     ("training", "--compare-kernels", "check and time the fused kernel", common.SWITCH),
 ]
@@ -84,10 +83,10 @@ class Critic(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Sequential(
-            # common.Dropout is nn.Dropout(0.5), faster on the CPU.
-            nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
-            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(),
+            # common.Dropout is nn.Dropout, faster on the CPU.
+            nn.Linear(784, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
+            nn.Linear(128, 128), nn.LeakyReLU(0.3), common.Dropout(0.5),
             nn.Linear(128, 1))
 
     def forward(self, x):
@@ -124,7 +123,7 @@ class ConvCritic(nn.Sequential):
             *block(16, 32),                                                 # [N, 32, 7, 7]
             *block(32, 64),                                                 # [N, 64, 4, 4]
             *block(64, 128),                                                # [N, 128, 2, 2]
-            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                                # erratum 2
+            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))            # 512 inputs, not 128: erratum 2
 
 
 NETWORKS = {"mlp": (Generator, Critic), "conv": (ConvGenerator, ConvCritic),
@@ -144,11 +143,16 @@ def generate_noise(count, args, device, rng=None):
 # ---------------------------------------------------------------------------------------- losses
 # 11.3.2's calculate_gradient_penalty and 実装例5's compute_gradient_penalty, without the factor
 # lambda, which 11.3.2's includes. epsilon is 実装例5's alpha.
+#
+# The formula below is the reference, and complete. Where csrc/ can be compiled, @common.fused
+# computes the same numbers in less time (--kernels, docs/performance.md), for a critic of Linear,
+# LeakyReLU and Dropout layers; any other gets the formula.
+@common.fused("gradient_penalty")
 def gradient_penalty(critic, real, fake):
     """mean((||g||_2 - 1)^2) at x_hat (勾配ペナルティ) and the mean norm; real, fake: [N, ...]."""
     # epsilon: one number per sample; [N, 1, 1, 1] for images
     epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=real.device)
-    x_hat = torch.lerp(fake, real, epsilon)     # epsilon real + (1 - epsilon) fake
+    x_hat = epsilon * real + (1 - epsilon) * fake
     x_hat.requires_grad_()                      # the gradient is wanted at the critic's input
     scores = critic(x_hat)
     gradients = torch.autograd.grad(
@@ -157,39 +161,33 @@ def gradient_penalty(critic, real, fake):
         # so the sum's gradient at a sample is that of its score: g(x_hat). BatchNorm breaks this.
         grad_outputs=torch.ones_like(scores),
         create_graph=True)[0]                   # [N, ...]; loss.backward() differentiates it again
-    penalty, norms = penalty_of(gradients)
-    return penalty, norms.mean()
-
-
-# The formula below is the reference. Where csrc/ can be compiled, one fused kernel computes it
-# instead (--kernels, docs/kernels.md); nothing else changes.
-@common.fused("penalty")
-def penalty_of(gradients):
-    """mean((||g||_2 - 1)^2) over the samples' gradients [N, ...], and the norms [N]."""
     norms = gradients.flatten(1).norm(2, dim=1)
-    return (norms - 1).square().mean(), norms
+    return (norms - 1).square().mean(), norms.mean()
 
 
 # --------------------------------------------------------------------------------- training step
 # The costs of 11.3.1, the steps of 11.3.2 and 実装例5.
-def critic_step(generator, critic, optimizer, real, z, gp_weight, explicit=False):
-    """One step down Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim]. Returns what to log."""
+def critic_step(generator, critic, optimizer, real, z, gp_weight):
+    """One optimizer step that lowers Q; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
+
+    Returns what to log.
+    """
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
-    if explicit:
-        wasserstein, penalty, norm = explicit_terms(critic, real, fake)
-    else:
-        wasserstein = critic(real).mean() - critic(fake).mean()
-        penalty, norm = gradient_penalty(critic, real, fake)
+    wasserstein = critic(real).mean() - critic(fake).mean()
+    penalty, norm = gradient_penalty(critic, real, fake)
     loss = -wasserstein + gp_weight * penalty           # Q
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward(inputs=list(critic.parameters()))     # gradients for C only, none for x_hat
     optimizer.step()
     return {"W": wasserstein, "penalty": penalty, "grad_norm": norm, "loss_C": loss}
 
 
 def generator_step(generator, critic, optimizer, z):
-    """One step down P (11.3.2, 実装例5); z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers P (11.3.2, 実装例5); z: [N, latent_dim].
+
+    Returns what to log.
+    """
     loss = -critic(generator(z)).mean()                 # P
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; C is not updated
@@ -197,40 +195,9 @@ def generator_step(generator, critic, optimizer, z):
     return {"loss_G": loss}
 
 
-# ---------------------------------------------------------------------------------- same, faster
-# What critic_step takes from the critic, without a second-order derivative (--penalty explicit).
-# Near any x the critic is linear: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each
-# unit's slope of LeakyReLU (1 or 0.3) times its mask of Dropout (0 or 2). So the gradient is a
-# product, g = w4 S3 W3 S2 W2 S1 W1, and backward() differentiates it with respect to the W. A small
-# change of the weights leaves S as it is, so that its derivative is 0. Further, W1 x_hat + b1 lies
-# between the W1 x + b1 of real and fake, which their scores need anyway. docs/performance.md
-# derives it.
-def explicit_terms(critic, real, fake):
-    """W, the penalty and the mean norm of critic_step; real, fake: [N, 1, 28, 28]."""
-    layer1, layer2, layer3, layer4 = critic.model[::3]  # between them LeakyReLU and Dropout
-    dropout, n = critic.model[2], len(real)
-    a = layer1(torch.cat([real, fake]).flatten(1))      # W1 x + b1 of real and fake, [2N, 128]
-    scores = critic.model[1:](a)                        # [2N, 1]
-
-    def slope(a):                                       # S of one layer, [N, 128]
-        return torch.where(a > 0, 1.0, 0.3) * dropout.mask(a)
-
-    with torch.no_grad():
-        a1 = torch.lerp(a[n:], a[:n], torch.rand(n, 1, device=a.device))    # W1 x_hat + b1
-        s1 = slope(a1)
-        s2 = slope(a2 := layer2(a1 * s1))   # a1 * s1: what LeakyReLU and Dropout make of a1
-        s3 = slope(layer3(a2 * s2))
-    # g(x_hat), [N, 784]: only here does autograd follow the weights.
-    g = (((layer4.weight * s3) @ layer3.weight * s2) @ layer2.weight * s1) @ layer1.weight
-    penalty, norms = penalty_of(g)
-    return scores[:n].mean() - scores[n:].mean(), penalty, norms.mean()
-
-
 # ------------------------------------------------------------------------------------------ main
 def main(argv=None):
     args = common.Parser(__file__, __doc__, CONSTANTS, FLAGS, kernels=True).options(argv)
-    if args.penalty == "explicit" and args.variant != "mlp":
-        common.fail("--penalty explicit is for the critic of 11.3, --critic mlp, and for images")
     make_generator, make_critic = NETWORKS[args.variant]
     generator = make_generator(args.latent_dim).to(args.device)
     if args.run:                                    # --from RUN: draw from it, no training
@@ -244,9 +211,9 @@ def main(argv=None):
 
     if args.compare_kernels:
         real = generator(generate_noise(args.batch_size, args, args.device)).detach()
-        return common.compare_kernels(args, penalty_of, lambda: critic_step(
+        return common.compare_kernels(args, gradient_penalty, lambda: critic_step(
             generator, critic, optimizer_c, real, generate_noise(len(real), args, args.device),
-            args.gp_weight, args.penalty == "explicit"))
+            args.gp_weight), critic, real)
 
     plots = [("Wasserstein estimate", ["W"], {}), ("gradient norm", ["grad_norm"], {"target 1": 1}),
              ("gradient penalty", ["penalty"], {}), ("loss", ["loss_C", "loss_G"], {})]
@@ -258,8 +225,7 @@ def main(argv=None):
             for _ in range(args.n_critic):
                 real, _ = next(batches)             # new for every critic step: erratum 10
                 z = generate_noise(args.batch_size, args, args.device)
-                run.record(critic_step(generator, critic, optimizer_c, real, z,
-                                       args.gp_weight, args.penalty == "explicit"))
+                run.record(critic_step(generator, critic, optimizer_c, real, z, args.gp_weight))
             # Generator, once: the critic's scores of its samples up.
             z = generate_noise(args.batch_size, args, args.device)
             run.record(generator_step(generator, critic, optimizer_g, z))

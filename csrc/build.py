@@ -39,10 +39,7 @@ def load(device):
         for library in cache_folder().glob(f"{name}-*.so"):
             if library.stem == f"{name}-{digest(library.read_bytes())}":  # half a library would crash Python
                 return torch.ops.load_library(library)
-        print(f"kernels compiling csrc/ for {device}, once", flush=True)
         compile_and_load(device, name)
-    except Unavailable:
-        raise
     except Exception as error:  # whatever a compiler, ninja, the loader or the disk leads to
         raise Unavailable(" ".join(str(error).split())[:300]) from error
 
@@ -90,6 +87,7 @@ def compile_and_load(device, name):
             raise Unavailable(f"{program} is not on the PATH; install {package}")
     if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and os.path.exists("/usr/local/cuda/bin/nvcc"):
         cpp_extension.CUDA_HOME = "/usr/local/cuda"  # the nvcc on the PATH, its guess, may be a script elsewhere
+    print(f"kernels compiling csrc/ for {device}, once", flush=True)
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as build:

@@ -1,13 +1,10 @@
-"""The fused kernels' Python face: a plain PyTorch formula may be served by a kernel that computes the same.
+"""The fused operations' Python face: a plain PyTorch formula may be served by one that computes the same, faster.
 
-    @fused("penalty")
-    def penalty_of(gradient):
-        norm = gradient.flatten(1).norm(2, dim=1)
-        return (norm - 1).square().mean(), norm
+    @fused("gradient_penalty")
+    def gradient_penalty(critic, real, fake): ...
 
-Until choose() has found kernels for the device of its first argument, and for arguments that they do not take,
-such a function is the formula below the decorator. It remains `penalty_of.formula` in any case; `penalty_of.kernel` is
-the kernel's name.
+Until choose() has found kernels for the device of its tensors, and for arguments that the operation does not take, such
+a function is the formula below the decorator. It remains `gradient_penalty.formula` in any case.
 """
 
 import contextlib
@@ -16,14 +13,16 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
+from torch.autograd.function import Function, once_differentiable
+from torch.overrides import TorchFunctionMode, wrap_torch_function
+from tqdm import tqdm
 
 from csrc import build
 
 DTYPES = {"cpu": {torch.float32, torch.float16, torch.bfloat16, torch.float64},
           "cuda": {torch.float32, torch.float16, torch.bfloat16}}
-EPS = 1e-5  # F.instance_norm's
 KERNELS = {}  # the operators in use, by type of device
+NAMES = []  # of the formulas under @fused
 
 
 def choose(wanted, device):
@@ -37,22 +36,15 @@ def choose(wanted, device):
         if wanted != "reference":
             build.load(device)
             kernels = getattr(torch.ops, f"gan_{device}")
-            try_out(kernels, device)
-            KERNELS[device], outcome = kernels, f"fused, for {device}"
-    except build.Unavailable as reason:
+            kernels.penalty(torch.ones(1, 1, device=device))  # they may not run: under an old driver, on another GPU
+            KERNELS[device], outcome = kernels, f"fused, for {device}: {', '.join(dict.fromkeys(NAMES)) or 'nothing'}"
+    except (build.Unavailable, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         if wanted == "fused":
             raise build.Unavailable(f"no fused kernels: {reason}") from None
         outcome = f"reference: PyTorch's own operations, no fused ones ({reason})"
     print(f"kernels {outcome}")
     return "fused" if KERNELS else "reference"
-
-
-def try_out(kernels, device):
-    """Raises build.Unavailable where compiled kernels do not run: under an old driver, on another GPU."""
-    try:
-        kernels.penalty(torch.ones(1, 1, device=device))
-    except RuntimeError as error:
-        raise build.Unavailable(f"they do not run: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
@@ -67,8 +59,8 @@ def without_kernels():
 
 
 def fused(name):
-    """A decorator: serve a formula by the kernel `name`, "penalty" or "adain", with the signature of that function."""
-    serve = {"penalty": penalty, "adain": adain}[name]
+    """A decorator: serve a formula by the operation `name`, gradient_penalty or adain, with that one's arguments."""
+    serve = {"gradient_penalty": gradient_penalty, "adain": adain}[name]
 
     def decorate(formula):
         @functools.wraps(formula)
@@ -76,6 +68,7 @@ def fused(name):
             plain = not KERNELS or torch.compiler.is_compiling()  # torch.compile fuses the formula itself
             return formula(*arguments, **options) if plain else serve(formula, *arguments, **options)
         call.formula, call.kernel = formula, name
+        NAMES.append(name)
         return call
     return decorate
 
@@ -92,39 +85,124 @@ def taken(*tensors):
     return dtype if usual and here and dtype in DTYPES[device.type] else None
 
 
-def penalty(formula, gradient):
-    """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
-    if not taken(gradient) or gradient.dim() < 2:
-        return formula(gradient)
-    result, norms = Penalty.apply(gradient.contiguous(), formula, KERNELS[gradient.device.type])
-    return tuple(cast(gradient.dtype, result, norms))
+@wrap_torch_function(lambda x, p: (x,))  # so that Walk meets it
+def dropout(x, p):
+    """F.dropout in training; for p = 0.5 on the CPU the masks are random bits, drawn in an eighth of the time."""
+    if p != 0.5 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_()  # random but for the highest bit
+    return x * (words.view(torch.uint8)[:x.numel()] & 2).view(x.shape).to(x.dtype)  # 0 or 2
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the function above."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+class Walk(TorchFunctionMode):
+    """Follows x through a critic: meets every function of torch that is called, and keeps what makes the gradient.
+
+    layers: [weight, slopes] of each Linear layer and the units after it, slopes [N, units] or None. columns: how many
+    inputs of the first layer are x; the others are labels. odd: a function of x that no critic of Linear, LeakyReLU and
+    Dropout layers has.
+    """
+
+    def __init__(self, x, weights):
+        super().__init__()
+        self.at, self.passed, self.weights = x, [x], weights
+        self.layers, self.columns, self.odd = [], None, None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, x, slopes = kwargs or {}, self.at, None
+        parts = [part for arg in (*args, *kwargs.values()) for part in (arg if type(arg) in (list, tuple) else [arg])]
+        used = [part for part in parts if any(part is each for each in self.passed)]
+        plain = len(used) == 1 and args and used[0] is x is parts[0]
+        if plain and function is F.leaky_relu:
+            sign = (x > 0).to(x.dtype).mul_(2).sub_(1)
+            slopes = function(sign.clone(), *args[1:], **kwargs) * sign
+        elif plain and function in (F.dropout, dropout):
+            slopes = function(torch.ones_like(x), *args[1:], **kwargs)
+        result = function(*args, **kwargs) if slopes is None else x * slopes
+        if not used or not isinstance(result, torch.Tensor):  # labels alone; x.shape
+            return result
+        if slopes is not None and self.layers:
+            before = self.layers[-1][1]
+            self.layers[-1][1] = slopes if before is None else before * slopes
+        elif plain and function is F.linear and any(args[1] is weight for weight in self.weights):
+            self.layers.append([args[1], None])
+        elif plain and function is torch.cat and not self.layers and result.dim() == 2:
+            self.columns = x.size(1)
+        elif not plain or function is not torch.Tensor.flatten or self.layers:
+            self.odd = function.__name__
+        self.at = result
+        self.passed.append(result)
+        return result
+
+
+def gradient_penalty(formula, critic, real, fake, *labels):
+    """mean((||g|| - 1)^2) and the mean of ||g||, g being the critic's gradient by x at points between real and fake.
+
+    real, fake: [N, ...]; labels: what else the critic takes. A critic of Linear, LeakyReLU and Dropout layers is linear
+    near any x: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each unit's slope of LeakyReLU times its mask
+    of Dropout. So g = w4 S3 W3 S2 W2 S1 W1. backward() differentiates that product once, where the formula needs the
+    derivative of a derivative (docs/performance.md). Numbers are drawn in the formula's order. Any other critic, also
+    one with hooks or parametrizations, gets the formula, and a line says so.
+    """
+    modules, device = list(critic.modules()), real.device
+    odd = next((type(module).__name__ for module in modules[1:] if type(module) not in LAYERS), None)
+    if any(hooks for module in modules for name, hooks in vars(module).items() if name.endswith("_hooks")):
+        odd = "hooks"
+    if torch.is_autocast_enabled(device.type) or not taken(real, fake, *critic.parameters()):
+        odd = "another dtype or device"
+    if not odd:
+        numbers = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+        before = numbers.get_state()
+        with torch.no_grad():
+            epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=device)
+            with Walk(epsilon * real + (1 - epsilon) * fake, list(critic.parameters())) as walk:
+                scores = critic(walk.at, *labels)
+        odd = walk.odd or (None if scores is walk.at and walk.layers else "another result")
+        if odd:
+            numbers.set_state(before)
+    if odd:
+        say(f"kernels the formula computes gradient_penalty: the fused one does not take a critic with {odd}")
+        return formula(critic, real, fake, *labels)
+    walk.layers[0][0] = walk.layers[0][0][:, :walk.columns]  # without the labels' part
+    g = torch.ones_like(scores)
+    for weight, slopes in reversed(walk.layers):
+        g = (g if slopes is None else g * slopes) @ weight
+    penalty, norms = Penalty.apply(g, KERNELS[device.type])
+    return penalty.to(g.dtype), norms.mean().to(g.dtype)
+
+
+say = functools.cache(tqdm.write)  # each line once
 
 
 class Penalty(Function):
-    @staticmethod
-    def forward(ctx, gradient, formula, kernels):
-        result, norms = kernels.penalty(gradient)
-        ctx.save_for_backward(gradient, norms)
-        ctx.formula, ctx.kernels = formula, kernels
-        ctx.set_materialize_grads(False)
-        return result, norms
+    """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
 
     @staticmethod
+    def forward(ctx, gradient, kernels):
+        penalty, norms = kernels.penalty(gradient)
+        ctx.save_for_backward(gradient, norms)
+        ctx.kernels = kernels
+        return penalty, norms
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, d_penalty, d_norms):
-        gradient, norms = ctx.saved_tensors
-        if d_penalty is None and d_norms is None:
-            return None, None, None
-        if torch.is_grad_enabled():
-            return *derivative(ctx.formula, [gradient], [d_penalty, d_norms]), None, None
-        d_penalty = norms.new_zeros(()) if d_penalty is None else d_penalty
-        d_norms = d_norms if d_norms is None else d_norms.contiguous()
-        return ctx.kernels.penalty_backward(gradient, norms, d_penalty, d_norms), None, None
+        return ctx.kernels.penalty_backward(*ctx.saved_tensors, d_penalty, d_norms.contiguous()), None
+
+
+LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.LeakyReLU, nn.Dropout, Dropout, nn.Embedding)
 
 
 def adain(formula, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
     """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise): [N, C, H, W].
 
-    mu, sigma^2 - EPS: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
+    mu, sigma^2 - 1e-5: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
     [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 means no LeakyReLU. The noise gets no gradient. The result
     has x's dtype or, of several as under autocast, the widest.
     """
@@ -147,7 +225,7 @@ class AdaIN(Function):
     @staticmethod
     def forward(ctx, x, scale, bias, noise, strength, slope_before, slope_after, formula, kernels):
         slopes = slope_before, slope_after
-        y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), *slopes, EPS)
+        y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), *slopes, 1e-5)
         ctx.save_for_backward(x, scale, bias, noise, strength, mean, rstd)
         ctx.formula, ctx.kernels, ctx.slopes = formula, kernels, slopes
         return y
@@ -158,7 +236,7 @@ class AdaIN(Function):
         x, scale, bias, noise, strength = inputs
         dy = dy.contiguous()  # for the formula, too: F.instance_norm's derivative is wrong for one channels_last sample
         if torch.is_grad_enabled():
-            return *derivative(ctx.formula, inputs, [dy], *ctx.slopes), None, None, None, None
+            return *derivative(ctx.formula, inputs, dy, *ctx.slopes), None, None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
             dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
         # In two steps: a sum of 32,768 numbers or more PyTorch cuts into as many as there are threads.
@@ -177,31 +255,14 @@ def as_computed(*tensors):
     return [t if t is None else (t if t.dtype == torch.float64 else t.float()).contiguous() for t in tensors]
 
 
-def derivative(formula, inputs, gradients, *options):
+def derivative(formula, inputs, gradient, *options):
     """The derivative of formula(*inputs, *options), as one that can be differentiated again.
 
-    inputs: tensors or None; gradients: one or None per result. Returns a list, None where no gradient is required.
-    A backward pass under create_graph=True takes this one: through a kernel's it would silently be a constant.
+    inputs: tensors or None. Returns a list, None where no gradient is required. A backward pass under create_graph=True
+    takes this one: through a kernel's it would silently be a constant.
     """
     inputs = [None if t is None else t.view_as(t) for t in inputs]  # apart, even where one was computed from another
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    outputs = formula(*inputs, *options)
-    pairs = zip([outputs] if isinstance(outputs, torch.Tensor) else outputs, gradients)
-    outputs, gradients = zip(*[(output, gradient.to(output.dtype)) for output, gradient in pairs
-                               if gradient is not None])
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    output = formula(*inputs, *options)
+    found = iter(torch.autograd.grad(output, wanted, gradient.to(output.dtype), create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
-class Dropout(nn.Module):
-    """nn.Dropout(0.5); on the CPU its masks come from random bytes, one bit of each, in an eighth of the time."""
-
-    def forward(self, x):
-        return x * self.mask(x) if self.training and x.device.type == "cpu" else F.dropout(x, 0.5, self.training)
-
-    def mask(self, x):
-        """What multiplies x: 0 or 2, each with probability 0.5; 1 in eval mode."""
-        if not self.training or x.device.type != "cpu":
-            return F.dropout(torch.ones_like(x), 0.5, self.training)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_()  # random but for the highest bit
-        return (words.view(torch.uint8)[:x.numel()] & 2).view(x.shape).to(x.dtype)

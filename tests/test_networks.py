@@ -58,7 +58,8 @@ def check_layers(network, parameters, layers, slope):
     parts = [part for part in network.modules() if not list(part.children())]
     assert layers is None or [type(part).__name__ for part in parts] == layers
     assert {part.negative_slope for part in parts if isinstance(part, nn.LeakyReLU)} == ({slope} - {None})
-    assert {part.p for part in parts if isinstance(part, nn.Dropout | nn.Dropout2d)} <= {0.25}
+    assert {part.p for part in parts if isinstance(part, nn.Dropout2d)} <= {0.25}
+    assert {part.p for part in parts if isinstance(part, nn.Dropout)} <= {0.5}
     assert {part.mode for part in parts if isinstance(part, nn.Upsample)} <= {"nearest"}
 
 

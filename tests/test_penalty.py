@@ -1,10 +1,16 @@
-"""The gradient penalty of 03 and 04 against closed forms; the Dropout of their critics and of 01's."""
+"""The gradient penalty of 03 and 04: the formula against closed forms, the fused operation against the formula; Dropout."""
+
+import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from conftest import load_script  # puts common on the path
 
 import common
-from conftest import load_script
+from csrc import build, ops
 
 BOTH = pytest.mark.parametrize("script", ["03_wgan_gp", "04_cgan"])
 
@@ -72,7 +78,7 @@ def test_x_hat_lies_between_real_and_fake(script):
 def test_dropout_from_random_bytes(dtype):
     """Half of the numbers, at any size; neither neighbours nor samples nor calls have anything in common."""
     torch.manual_seed(0)
-    layer = common.Dropout()
+    layer = common.Dropout(0.5)
     x = torch.rand(1001, 129, dtype=dtype, requires_grad=True)
     y, again = layer(x), layer(x)
     kept = (y != 0).double()
@@ -83,4 +89,166 @@ def test_dropout_from_random_bytes(dtype):
     for other in [kept.roll(shift, dim) for shift in (1, 2, 7, 8, 64) for dim in (0, 1)] + [(again != 0).double()]:
         assert abs(((kept - 0.5) * (other - 0.5)).mean()) < 4 * sigma / 4
     assert (kept.mean(0) - 0.5).abs().max() < 5 * 1001**-0.5 / 2, "no column is favoured"
-    assert torch.equal(layer.eval()(x), x) and layer.mask(x).unique().tolist() == [1]
+    assert torch.equal(layer.eval()(x), x)
+    unusual = common.Dropout(0.25)(torch.ones(100_000))  # nn.Dropout's own masks
+    torch.testing.assert_close(unusual.unique(), torch.tensor([0, 4 / 3]))
+    assert (unusual == 0).double().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+# ------------------------------------------------------------------------- the fused operation
+try:
+    build.load("cpu")
+    missing = None
+except build.Unavailable as reason:
+    missing = str(reason)
+fused = pytest.mark.skipif(missing is not None, reason=f"no kernels: {missing}")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setitem(ops.KERNELS, "cpu", torch.ops.gan_cpu)
+
+
+def case(name, samples=40, dtype=torch.float64):
+    """A gradient penalty and what it takes: of 03, of 04, of 03 for points."""
+    torch.manual_seed(1)
+    script = load_script("04_cgan" if name == "04" else "03_wgan_gp")
+    critic = (common.points_critic() if name == "points" else script.Critic()).to(dtype)
+    for parameter in critic.parameters():
+        parameter.data *= 3  # norms on both sides of 1
+    shape = (samples, 2) if name == "points" else (samples, 1, 28, 28)
+    real, fake = torch.rand(2, *shape, dtype=dtype) * 2 - 1
+    return script.gradient_penalty, critic, real, fake, *[torch.randint(10, (samples,))] * (name == "04")
+
+
+def outcome(penalty, critic, *inputs):
+    """From one seed: the penalty, the mean norm, every weight's gradient, and the next random number."""
+    torch.manual_seed(5)
+    value, norm = penalty(critic, *inputs)
+    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    return [value, norm, torch.rand(()), *[torch.zeros(()) if gradient is None else gradient for gradient in gradients]]
+
+
+def assert_same(penalty, *inputs, tolerance=1e-12):
+    for found, wanted in zip(outcome(penalty, *inputs), outcome(penalty.formula, *inputs)):
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3)
+
+
+@fused
+@pytest.mark.parametrize("samples", [1, 40])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["03", "04", "points"])
+def test_same_numbers_as_the_formula(kernels, capsys, name, training, samples):
+    penalty, critic, *inputs = case(name, samples)
+    assert_same(penalty, critic.train(training), *inputs)
+    assert "formula" not in capsys.readouterr().out
+    penalty, critic, *inputs = case(name, samples, torch.float32)
+    assert_same(penalty, critic.train(training), *inputs, tolerance=1e-5)
+
+
+@fused
+def test_derivative_by_differences(kernels):
+    """The derivative by every weight of a small critic, against differences of the penalty itself."""
+    torch.manual_seed(0)
+    penalty = load_script("03_wgan_gp").gradient_penalty
+    critic = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.3), common.Dropout(0.5), nn.Linear(4, 1)).double()
+    inputs = torch.randn(2, 5, 3, dtype=torch.float64)
+    _, _, _, *gradients = outcome(penalty, critic, *inputs)
+    for parameter, gradient in zip(critic.parameters(), gradients):
+        for index in range(parameter.numel()):
+            values = []
+            for step in (1e-6, -1e-6):
+                parameter.data.view(-1)[index] += step
+                values.append(outcome(penalty, critic, *inputs)[0].item())
+                parameter.data.view(-1)[index] -= step
+            wanted = gradient.expand_as(parameter).reshape(-1)[index].item()
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(wanted, abs=1e-6)
+
+
+@fused
+def test_where_the_gradient_is_zero(kernels):
+    penalty, critic, *inputs = case("03")
+    critic.model[-1].weight.data.zero_()
+    value, norm, _, *gradients = outcome(penalty, critic, *inputs)
+    assert value == 1 and norm == 0 and all(gradient.isfinite().all() for gradient in gradients)
+    assert_same(penalty, critic, *inputs)
+
+
+@fused
+def test_frozen_layers(kernels):
+    penalty, critic, *inputs = case("04")
+    critic.model[0].requires_grad_(False)
+    assert_same(penalty, critic, *inputs)
+
+
+class Edited(nn.Module):
+    """A critic of known layers whose forward does something else with x as well."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.model, self.change = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1)), change
+
+    def forward(self, x):
+        return self.change(self.model, x)
+
+
+@fused
+@pytest.mark.parametrize("critic", [
+    nn.Sequential(nn.Conv2d(1, 2, 2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(2, 1)),
+    nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 1)),
+    nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(4, 8)), nn.LeakyReLU(0.2), nn.Linear(8, 1)),
+    Edited(lambda model, x: model(2 * x.flatten(1))),
+    Edited(lambda model, x: model(x.flatten(1)) + x.flatten(1).sum(1, True)),
+    Edited(lambda model, x: model(x.flatten(1)) * x.mean()),
+    Edited(lambda model, x: model[2](model[1](model[0](x.flatten(1)) + 1))),
+], ids=["convolution", "batchnorm", "parametrization", "scaled", "shortcut", "product", "shifted"])
+def test_other_critics_get_the_formula(kernels, capsys, critic):
+    ops.say.cache_clear()
+    real, fake = torch.randn(2, 6, 1, 2, 2)
+    penalty = load_script("03_wgan_gp").gradient_penalty
+    states = []
+    for function in (penalty, penalty.formula):
+        torch.manual_seed(3)
+        twin = copy.deepcopy(critic)
+        states.append([*outcome(function, twin, real, fake), *twin.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*states))
+    assert "formula" in capsys.readouterr().out
+
+
+@fused
+def test_hooks_get_the_formula(kernels, capsys):
+    ops.say.cache_clear()
+    penalty, critic, *inputs = case("03")
+    critic.model[0].register_full_backward_hook(lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(outcome(penalty, critic, *inputs), outcome(penalty.formula, critic, *inputs)))
+    assert "hooks" in capsys.readouterr().out
+
+
+@fused
+@pytest.mark.parametrize("name", ["03_wgan_gp", "04_cgan"])
+def test_fifty_steps_give_the_same_weights(kernels, name):
+    script, weights = load_script(name), []
+    for with_kernels in (True, False):
+        torch.manual_seed(0)
+        generator, critic = script.Generator().double(), script.Critic().double()
+        optimizer_g = torch.optim.Adam(generator.parameters(), 1e-4, (0.0, 0.9), fused=True)
+        optimizer_c = torch.optim.Adam(critic.parameters(), 1e-4, (0.0, 0.9), fused=True)
+
+        def label():
+            return [torch.randint(10, (32,))] if name == "04_cgan" else []
+
+        def steps():
+            for _ in range(50):
+                real = torch.rand(32, 1, 28, 28, dtype=torch.float64) * 2 - 1
+                z = torch.rand(32, 100, dtype=torch.float64) * 2 - 1
+                script.critic_step(generator, critic, optimizer_c, real, *label(), z, 10.0)
+                script.generator_step(generator, critic, optimizer_g, z, *label())
+
+        if with_kernels:
+            steps()
+        else:
+            with ops.without_kernels():
+                steps()
+        weights.append([*generator.parameters(), *critic.parameters()])
+    assert max((a - b).abs().max().item() for a, b in zip(*weights)) < 1e-9
