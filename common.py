@@ -13,6 +13,8 @@ and section 5.
 """
 
 import argparse
+import collections
+import contextlib
 import copy
 import functools
 import io
@@ -20,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +30,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -34,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -51,7 +55,7 @@ from csrc.ops import Dropout, fused  # noqa: F401
 DEFAULTS = dict(seed=0, device="auto", dataset="auto", data_dir="data", output_dir="runs", image_size=28, channels=1,
                 classes=0, ema_decay=0, lr_decay=0, max_batches=None, sample_interval=None, eval_interval=None,
                 resume=None, run=None, compare_kernels=False, evaluate=False, generate=None, interpolate=False,
-                explore=None, styles=False, label=None, processes=1)
+                explore=None, styles=False, label=None)
 SAMPLING = "sampling, with --from"  # the heading in --help of what needs a trained run
 
 
@@ -61,14 +65,27 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+TROUBLES = {  # the words of an error: what to say instead; the first that fits
+    "CUDA.*out of memory|_ALLOC_FAILED": "the GPU has too little memory left, perhaps because another process holds "
+        "it (nvidia-smi shows that); try a smaller --batch-size",
+    "MemoryError|[Oo]ut of memory|OutOfMemory|bad_alloc|[Cc]an(no|')t allocate memory|not enough memory":
+        "there is too little memory; try a smaller --batch-size",
+    "no kernel image is available": "torch {torch} was not built for this GPU, {gpu}; install another build of it, or "
+        "use --device cpu",
+    "torchvision::": "torch and torchvision are of different builds; install both with one pip install -r "
+        "requirements.txt, in a fresh environment"}
+
+
 def guarded(main):
     """Run a script's main; what a user can mend ends it in one line on stderr, not in a traceback.
 
-    Exit codes: 1 for what fails in mid-run, 2 for bad input, 128 + its number for a signal.
+    Exit codes: 1 for what fails in mid-run, 2 for bad input, 128 + its number for a signal. The process is left as it
+    was: a script may be run inside a notebook.
     """
-    sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal's encoding lacks
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.interrupt)
+    handlers = {number: signal.signal(number, Run.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    Run.current = None
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream has none
+        sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal's encoding lacks
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError) as stop:
@@ -79,11 +96,15 @@ def guarded(main):
               file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if isinstance(stop, KeyboardInterrupt) else signal.SIGINT)) from None
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error = "there is too little memory; try a smaller --batch-size"
-        elif not isinstance(error, OSError):
+        known = [line for words, line in TROUBLES.items() if re.search(words, f"{type(error).__name__}: {error}")]
+        if not known and not isinstance(error, OSError):
             raise
-        fail(error, code=1 if Run.current else 2)
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        line = known[0].format(torch=torch.__version__, gpu=gpu) if known else error
+        fail(line, code=1 if Run.current else 2)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def number(kind, low, high=10**9):
@@ -98,13 +119,14 @@ def number(kind, low, high=10**9):
 
 COUNT, WEIGHT = dict(type=number(int, 1), metavar="N"), dict(type=number(float, 0), metavar="X")
 SHARE, DECAY = dict(type=number(float, 0, 1), metavar="X"), dict(type=number(float, 0, 0.999999), metavar="X")
-SWITCH, FOLDER = dict(action="store_true"), dict(metavar="DIR")
+SWITCH, FOLDER = dict(action="store_true"), dict(metavar="DIR", type=os.path.expanduser)
 FLAGS = [  # of every script: group in --help, flag, help, what argparse is told of its value
     ("options", "--epochs", "rounds of (samples // batch size) generator steps", COUNT),
     ("options", "--data-dir", "folder that holds, or receives, MNIST; or that holds your images", FOLDER),
     ("options", "--output-dir", "folder that receives the run's folder", FOLDER),
-    ("options", "--from", "sample from this trained run (folder or checkpoint)", dict(dest="run", metavar="RUN")),
-    ("options", "--resume", "continue this run, by default the newest; --epochs may grow", dict(nargs="?", const="")),
+    ("options", "--from", "sample from this trained run (folder or checkpoint)", dict(dest="run", **FOLDER)),
+    ("options", "--resume", "continue this run, by default the newest; --epochs may grow",
+     dict(nargs="?", const="", **FOLDER)),
     ("training", "--batch-size", "samples per step", dict(type=number(int, 2), metavar="N")),  # 2: for BatchNorm
     ("training", "--lr-g", "Adam's learning rate, generator", WEIGHT),
     ("training", "--lr-d", "Adam's learning rate, discriminator or critic", WEIGHT),
@@ -114,7 +136,7 @@ FLAGS = [  # of every script: group in --help, flag, help, what argparse is told
     ("training", "--ema-decay", "sample from a moving average of the generator, which keeps this much per step", DECAY),
     ("training", "--max-batches", "at most N generator steps per epoch, for a quick look", COUNT),
     ("training", "--seed", "seed of all random numbers", dict(type=number(int, 0, 2**32 - 1), metavar="N")),
-    ("training", "--device", "where to compute", dict(choices=["auto", "cpu", "cuda", "mps"])),
+    ("training", "--device", "where to compute: auto, cpu, cuda or mps", dict(metavar="NAME")),
     ("output", "--sample-interval", "epochs between sample pictures (default: a twentieth of the run)", COUNT),
     ("output", "--eval-interval", "epochs between scores; 0: no scores (default: scores at the end)",
      dict(type=number(int, 0), metavar="N")),
@@ -168,8 +190,8 @@ class Parser(argparse.ArgumentParser):
         given = self.given = vars(self.parse_args(argv))
         sampling = {action.dest for action in self.groups[SAMPLING]._group_actions}
         if "run" in given:
-            options = self._of_run("run", {*sampling, "seed", "device", "data_dir"})
-            options |= {"resume": None, "device": given.get("device", "auto")}
+            options = self._of_run("run", {*sampling, "seed", "device", "data_dir", "output_dir"})
+            options |= {"resume": None, "device": given.get("device", "auto"), "output_dir": given.get("output_dir")}
         elif "resume" in given:
             options = self._of_run("resume", {"epochs", "data_dir", "output_dir", "device", "kernels"})
         elif wishes := sampling & given.keys():
@@ -184,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         if args.dataset == "folder" and (args.evaluate or args.eval_interval):
             fail("images of your own have no test images and no classes to score samples with")
         args.device = pick_device(args.device)
-        if not args.run:
+        if PROCESSES > 1:
             join_torchrun(args)
         torch.manual_seed(args.seed)
         return args
@@ -196,12 +218,13 @@ class Parser(argparse.ArgumentParser):
             fail(f"{flag} keeps the settings of the run; leave out {self._flags(refused)}")
         if not given[name]:  # --resume alone
             folder = Path(given.get("output_dir", DEFAULTS["output_dir"]))
-            path = max(folder.glob(f"{self.script}-*/checkpoint.pt"), key=os.path.getmtime, default=None) or fail(
+            found = filter(Path.exists, folder.glob(f"{self.script}-*/checkpoint.pt"))  # no dangling links
+            path = max(found, key=os.path.getmtime, default=None) or fail(
                 f"--resume: there is no run of {self.script} in {folder}; name one, or its folder with --output-dir")
         path = path / "checkpoint.pt" if path.is_dir() else path
-        options = load_checkpoint(path).get("options", {})
-        if options.get("script") != self.script:
-            fail(f"{flag}: {path} was trained by {options.get('script', 'something else')}, not by {self.script}")
+        options = load_checkpoint(path)["options"]
+        if options["script"] != self.script:
+            fail(f"{flag}: {path} was trained by {options['script']}, not by {self.script}")
         return {**self.defaults, **options, **given, name: str(path)}
 
     def _flags(self, names):
@@ -212,8 +235,9 @@ def pick_device(wanted):
     """The device that `wanted` (auto, cpu, cuda or mps) stands for on this machine."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name, here in usable.items() if here) if wanted == "auto" else wanted
-    if not usable[device]:
-        fail(f"--device {wanted}: this torch ({torch.__version__}) finds no such device here")
+    if not usable.get(device):
+        fail(f"--device {wanted}: this torch ({torch.__version__}) has {', '.join(filter(usable.get, usable))} here; "
+             "another GPU than the first is chosen by the environment variable CUDA_VISIBLE_DEVICES")
     return device
 
 
@@ -238,12 +262,14 @@ def write(path, content):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU; exits with code 2 where there is no whole file."""
+    """What Run.save wrote, on the CPU; exits with code 2 where there is no whole file."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # the checksums, at which torch.load does not look
                 raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["options"]["script"]  # else it is a file of somebody else
+        return content
     except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file raises
         fail(f"{path} is not there, damaged, or no checkpoint of these scripts ({type(error).__name__})")
 
@@ -287,7 +313,7 @@ class Run:
         self.steps_per_epoch = min(samples // (args.batch_size * PROCESSES), args.max_batches or sys.maxsize)
         self.epoch, self.step, self.history = 0, 0, []  # epochs in the log, steps done, rows of the log
         self.sums, self.seconds = {}, 0.0  # of this epoch
-        self.scorer, self.in_steps, self.signal, self.started = None, False, None, time.perf_counter()
+        self.scorer, self.in_steps, self.signal = None, False, None
         self.pipeline = Pipeline(state.get("average", state["generator"]), draw_noise, args)
         if args.resume:
             self.folder = Path(args.resume).parent
@@ -311,6 +337,7 @@ class Run:
         write(self.folder / "options.json", json.dumps(vars(args), indent=2) + "\n")
         if not args.resume:
             self._first_pictures()
+            self.started = time.perf_counter()
             self.save()
         Run.current = self
 
@@ -331,7 +358,7 @@ class Run:
             self.started = time.perf_counter() - self.seconds
             yield self.data
             self._end_epoch()
-            self.sums, self.seconds = {}, 0.0
+            self.sums, self.seconds, self.started = {}, 0.0, time.perf_counter()
         self.save()
         self.bar.close()
         print(f"done    look at {self.samples / 'final.png'} and {self.folder / 'curves.png'}")
@@ -351,7 +378,7 @@ class Run:
             self.bar.update()
             if self.step == end or self.signal or time.perf_counter() - self.saved > self.SAVE_SECONDS:
                 self.save()
-            if self.signal:
+            if self.signal and RANK == 0:
                 raise KeyboardInterrupt(self.signal)
         self.in_steps = False
 
@@ -360,7 +387,7 @@ class Run:
         """Handles signals: in a training step the first one waits for the end of the step; all others end at once."""
         if Run.current and Run.current.in_steps and not Run.current.signal:
             Run.current.signal = number
-        else:
+        elif RANK == 0:
             raise KeyboardInterrupt(number)
 
     def record(self, quantities):
@@ -473,19 +500,20 @@ def sample(args, generator, draw_noise, styles=None):
     """--from: load the run's generator, score it, write the pictures that were asked for into its samples/."""
     def save(name, draw, *inputs):
         label = "" if args.label is None else f"-class{args.label}"
-        path = run.parent / "samples" / f"{name}{label}-seed{args.seed}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = folder / f"{name}{label}-seed{args.seed}.png"
         draw(*inputs, path)
         print(path)
 
-    run, content = Path(args.run), load_checkpoint(args.run)
+    content, folder = load_checkpoint(args.run), Path(args.output_dir or Path(args.run).with_name("samples"))
+    folder.mkdir(parents=True, exist_ok=True)
     generator.load_state_dict(content.get("average", content["generator"]), assign=True)  # memory layout, too
     pipeline = Pipeline(generator.eval().to(args.device), draw_noise, args)
     if args.explore is not None and args.explore >= args.latent_dim:
         fail(f"--explore {args.explore}: the run's latent dimensions are 0 to {args.latent_dim - 1}")
     if args.evaluate:
         scorer = make_scorer(args)
-        report(scorer, content["epoch"], scorer(pipeline), args.seed, run.with_name("metrics.json"))
+        report(scorer, content["epoch"], scorer(pipeline), args.seed,
+               Path(args.output_dir or Path(args.run).parent, "metrics.json"))
     if args.generate or not (args.evaluate or args.interpolate or args.styles or args.explore is not None):
         save(f"generated-{args.generate or 64}", pipeline.generate, args.generate or 64)
     if args.interpolate:
@@ -502,6 +530,8 @@ def sample(args, generator, draw_noise, styles=None):
 
 class Pipeline:
     """The text's image-generation pipeline (実装例8, 3.6) around one generator: generate, interpolate, explore.
+
+    実装例8 calls it ImageGenerationPipeline, its methods generate_images, interpolate_latent, explore_latent_space.
 
     generator: z [N, latent_dim] (and labels [N] if the options count `classes`) -> samples.
     draw_noise(count, args, device, generator): the script's latent distribution.
@@ -585,7 +615,9 @@ class Data:
         return self.scaled(index), self.labels[index]
 
     def scaled(self, index):
-        """Samples at `index` as a network sees them: pixels in [-1, 1] (erratum 13), points as they are.
+        """Samples at `index` as a network sees them: points as they are, pixels scaled to [-1, 1].
+
+        The scaling of 11.2.2 (erratum 13), 実装例2 and document 002.
 
         For a larger network 28x28 pixels get a black margin up to 32x32, then bilinear interpolation.
         """
@@ -624,21 +656,28 @@ def read_mnist(args, split):
     from torchvision import datasets
 
     kind = datasets.FashionMNIST if args.dataset == "fashion-mnist" else datasets.MNIST
-    folder = Path(args.data_dir, kind.__name__, "raw")
-    missing = not any(folder.glob("*ubyte*"))
+    top, fashion = Path(args.data_dir), kind is datasets.FashionMNIST
+    found = [str(path) for depth in ("", "*/", "*/*/", "*/*/*/") for path in sorted(top.glob(f"{depth}*ubyte*"))
+             if fashion == ("FashionMNIST" in path.parts)]
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # torchvision sets none: a silent server would be waited for without end
     try:
-        found = kind(args.data_dir, train=split == "train", download=True)  # unpacks and checks it, too
-        if found.data.shape[1:] != (28, 28) or len(found.data) != len(found.targets) or found.targets.max() > 9:
-            raise ValueError("no images of 28x28 pixels, each with a label from 0 to 9")
-        return args.dataset.replace("auto", "mnist"), found.data[:, None], found.targets
+        data = kind(top, train=split == "train", download=True)  # unpacks and checks it, too
+        if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets) or data.targets.max() > 9:
+            raise ValueError("these are no images of 28x28 pixels, each with a label from 0 to 9")
+        return args.dataset.replace("auto", "mnist"), data.data[:, None], data.targets
     except Exception as error:  # noqa: BLE001  no network, a damaged file, a folder that cannot be read
-        reason = f"no {kind.__name__} in {args.data_dir} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        advice = f"put its four files (raw or .gz, from {kind.mirrors[0]}) into {folder}"
-        if args.dataset != "auto" or not missing:
-            fail(f"{reason}; {advice}")
+        reason = f"no {kind.__name__} in {top} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        files = ", ".join(name.removesuffix(".gz") for name, _ in kind.resources)
+        advice = f"put {files} (or .gz, from {kind.mirrors[0]}) into {top / kind.__name__ / 'raw'}"
+        if found:
+            fail(f"{reason}; there are {', '.join(found[:4])}. Expected: {advice}")
+        if args.dataset != "auto":
+            fail(f"{reason}; {advice}, or name another folder with --data-dir")
         print(f"{reason}; training on digits drawn from fonts. For MNIST, {advice}")
         return "digits", *draw_digits(split)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSerif",
@@ -648,9 +687,10 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-Bold
 
 def draw_glyphs():
     """The ten digits in every font, centred and blurred, [10, fonts, 1, 64, 64] in [0, 1]."""
-    from matplotlib import get_data_path
     from torchvision.transforms.functional import gaussian_blur
 
+    with plain_style():
+        from matplotlib import get_data_path
     glyphs = np.zeros((10, len(FONTS), 64, 64), np.float32)
     for column, font in enumerate(FONTS):
         face = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", f"{font}.ttf")), 58)
@@ -665,9 +705,10 @@ def draw_glyphs():
 
 @functools.cache
 def draw_digits(split):
-    """60,000 training or 10,000 test digits like MNIST's: uint8 [N, 1, 28, 28], labels [N]. Always the same.
+    """60,000 training or 10,000 test digits like MNIST's: uint8 [N, 1, 28, 28], labels [N].
 
-    Each is a glyph under a random affine map, cut at a random level: a low level makes a bold stroke.
+    Each is a glyph under a random affine map, cut at a random level: a low level makes a bold stroke. They are the same
+    everywhere, but for a few pixels that processors round to neighbouring grey levels.
     """
     count, seed = {"train": (60_000, 1), "test": (10_000, 2)}[split]
     rng = torch.Generator().manual_seed(seed)
@@ -694,7 +735,7 @@ def draw_digits(split):
 MIXTURES = {  # data sets in the plane: centres [K, 2] and sigma of K equal Gaussians
     # 実装例3's (erratum 8), all halved: most coordinates lie in [-1, 1].
     "gaussians": (torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [2, 0], [-2, 0], [0, 2], [0, -2]]) / 2, 0.05),
-    # PacGAN's (arXiv 1712.04086, 4.1), the grid at a quarter of its size: within [-1, 1], too.
+    # PacGAN's (sec. 4.1 of arXiv 1712.04086), the grid at a quarter of its size: within [-1, 1], too.
     "ring": (torch.stack([torch.arange(8).mul(math.pi / 4).cos(), torch.arange(8).mul(math.pi / 4).sin()], 1), 0.01),
     "grid": (torch.cartesian_prod(torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5)), 0.0125),
 }
@@ -729,40 +770,54 @@ def points_critic():
 def read_folder(folder, image_size, channels):
     """All images below `folder`: uint8 [N, channels, image_size, image_size] and labels [N], all 0.
 
-    The largest centred square of each is scaled to the size. What cannot be read is named and left out.
+    The largest centred square of each is scaled to the size. Linked folders are followed once; what is hidden is passed
+    over; what cannot be read is left out and counted by reason.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    images, unreadable = [], []
-    for path in tqdm(paths, desc="reading", unit="image", disable=None, leave=False, dynamic_ncols=True):
-        try:
-            if not path.is_file():
-                raise OSError("a pipe, from which reading may never end")
-            with Image.open(path) as image:
-                images.append(square_pixels(ImageOps.exif_transpose(image), image_size, channels))
-        except Exception:  # noqa: BLE001  whatever Pillow raises on a damaged file
-            unreadable.append(os.path.relpath(path, folder))
-    if unreadable:
-        print(f"data    {len(unreadable)} unreadable files left out: {', '.join(unreadable)}")
-    if not images:
-        fail(f"--dataset folder: no image ({' '.join(IMG_EXTENSIONS)}) in '{folder}'; name your folder with --data-dir")
-    return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
+    Image.init()
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = 2**28, 2**26  # scans; prompts in the metadata
+    paths, seen, left_out, kept = [], set(), collections.defaultdict(list), 0
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in folders if name[0] != "." and name not in ("@eaDir", "__MACOSX")]
+        paths += [path for name in names if (path := Path(parent, name)).suffix.lower() in kinds and name[0] != "."]
+    images = np.empty((len(paths), channels, image_size, image_size), np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata
+        for path in tqdm(sorted(paths), desc="reading", unit="image", disable=None, leave=False, dynamic_ncols=True):
+            try:
+                if not path.is_file():
+                    raise OSError("a pipe, a device or a dangling link")
+                with Image.open(path) as image:
+                    images[kept] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
+                kept += 1
+            except Exception as error:  # noqa: BLE001  whatever Pillow raises on a damaged file
+                left_out[str(error).replace(repr(str(path)), "it")[:80]].append(os.path.relpath(path, folder))
+    print(f"data    {kept} of {len(paths)} pictures in {folder} are taken")
+    for reason, names in left_out.items():
+        print(f"data    {len(names)} left out, {reason}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+    if not kept:
+        fail(f"--dataset folder: no image in '{folder}' ({' '.join(sorted(kinds))}); name your folder with --data-dir")
+    return torch.from_numpy(images[:kept]), torch.zeros(kept, dtype=torch.long)
 
 
 def square_pixels(image, image_size, channels):
     """The centred square of a Pillow image as uint8 [channels, image_size, image_size]; transparency becomes white.
 
-    Raises ValueError for floats and numbers of more than 16 bits: which of them is white is not known.
+    Raises ValueError where it is not known which number is white: floats, more than 16 bits, or 16 bits hardly used.
     """
-    if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
-        raise ValueError("pixels of no known range")
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode[0] in "FI":
+        numbers = np.asarray(image)
+        if image.mode == "F" or numbers.min() < 0 or not 4096 <= numbers.max() < 65536:
+            raise ValueError("numbers of no known range; convert it to 8 bits")
+        image = Image.fromarray((numbers // 256).astype(np.uint8))  # 16 bits, which Pillow would cut off at 255
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert({1: "L", 3: "RGB"}[channels])
-    pixels = np.array(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels).view(image_size, image_size, channels).permute(2, 0, 1)
+    pixels = np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
+    return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -888,7 +943,7 @@ def load_classifier(name, images, labels):
 
 
 def mixture_scores(points, centres, sigma):
-    """演習問題2: PacGAN's scores (arXiv 1712.04086, 4.1) of points [N, 2] for Gaussians around centres [K, 2].
+    """演習問題2: PacGAN's scores (sec. 4.1 of arXiv 1712.04086) of points [N, 2] for Gaussians around centres [K, 2].
 
     A point counts for its nearest centre if it lies within 3 sigma of it; one such point captures a mode. KL is
     that of the counts from K equal shares, None if no point counts.
@@ -988,6 +1043,19 @@ def report(scorer, epoch, scores, seed, path):
 # 6  Pictures
 # ---------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def plain_style():
+    """matplotlib under its own defaults: the user's backend, style, TeX and fonts are for the user's figures."""
+    backend = os.environ.pop("MPLBACKEND", None)  # importing it fails where that one is not installed
+    import matplotlib
+
+    os.environ.update({"MPLBACKEND": backend} if backend else {})
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+@plain_style()
 def save_picture(samples, columns, path, paths=False, title=None):
     """Write a PNG: images [N, C, H, W] in [-1, 1] as a grid (erratum 11), points [N, 2] as a scatter plot.
 
@@ -1014,6 +1082,7 @@ def save_picture(samples, columns, path, paths=False, title=None):
     write(path, functools.partial(figure.savefig, format="png"))
 
 
+@plain_style()
 def save_curves(history, plots, path):
     """Panels, four in a row, over the epochs of `history`: (title, quantities, {label: the value at convergence})."""
     from matplotlib.figure import Figure
@@ -1047,30 +1116,25 @@ def save_film(samples, path):
 # ---------------------------------------------------------------------------------------------
 # 7  torchrun
 # ---------------------------------------------------------------------------------------------
-# Every process runs the same code; each optimizer step takes the mean of their gradients. All but the first, rank 0,
-# are mute, write into a folder that is thrown away, and leave signals to rank 0: when it ends, they do.
+# Every process runs the same code with batches of its own, of --batch-size each; before each step of the training the
+# gradients are averaged. All processes but the first, rank 0, are mute, write into a folder that is thrown away, and
+# leave signals to rank 0: when it ends, they do.
 PROCESSES = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
 
 
 def join_torchrun(args):
     """Meet the other processes, before the networks are built; `args` become those of this process."""
-    if args.resume and args.processes != PROCESSES:
-        fail(f"--resume: this run needs torchrun --nproc-per-node {args.processes}")
-    args.batch_size, args.processes = args.batch_size * args.processes // PROCESSES, PROCESSES
-    if PROCESSES > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if not RANK:
-            load_data(args)  # perhaps a download, for which the others wait
-        distributed.barrier()
-    if RANK:
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if RANK == 0:
+        load_data(args)  # perhaps a download, for which the others wait
+    distributed.barrier()
+    if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         args.output_dir, args.eval_interval = tempfile.mkdtemp(), 0
         args.resume = args.resume and shutil.copy(args.resume, args.output_dir)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def average_gradients(optimizer, *_):

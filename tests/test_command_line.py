@@ -20,8 +20,8 @@ TEXT = {  # the text's constants
                                           latent_dim=100, noise="uniform", generator_loss="non-saturating"),
     ("01_vanilla_gan", "keras"): dict(**ADAM, **NORMAL, epochs=16, batch_size=32),
     ("02_dcgan", "dcgan"): dict(**ADAM, batch_size=64),
-    ("03_wgan_gp", "mlp"): dict(**WGAN, epochs=300, batch_size=300, noise="uniform", penalty="explicit"),
-    ("03_wgan_gp", "conv"): dict(**WGAN, noise="normal", penalty="autograd"),
+    ("03_wgan_gp", "mlp"): dict(**WGAN, epochs=300, batch_size=300, noise="uniform"),
+    ("03_wgan_gp", "conv"): dict(**WGAN, noise="normal"),
     ("04_cgan", "cgan"): dict(**WGAN, epochs=300, batch_size=300),
     ("05_sn_label_smoothing", "dcgan"): dict(**ADAM, batch_size=64, n_critic=1, spectral_norm="on", ttur="off",
                                              label_smoothing="none", minibatch_discrimination="off"),
@@ -86,7 +86,7 @@ def test_auto_takes_the_best_device(monkeypatch, usable, expected):
 @pytest.mark.parametrize("flag, values", {
     "--epochs": ["0", "1.5", "many", ""], "--batch-size": ["1"], "--lr-g": ["-1e-4", "nan", "inf"], "--beta1": ["1"],
     "--latent-dim": ["0", "9999999999"], "--seed": ["-1", "4294967296"], "--eval-interval": ["-1"],
-    "--ema-decay": ["1"], "--lr-decay": ["1.1"], "--explore": ["-1"], "--generate": ["0"], "--device": ["gpu"],
+    "--ema-decay": ["1"], "--lr-decay": ["1.1"], "--explore": ["-1"], "--generate": ["0"],
     "--dataset": ["cifar", "folder"], "--critic": ["points"]}.items())
 def test_wrong_values_are_refused_before_any_work(tmp_path, refused, flag, values):
     for value in values:
@@ -97,7 +97,6 @@ def test_wrong_values_are_refused_before_any_work(tmp_path, refused, flag, value
 @pytest.mark.parametrize("script, flags, key", [
     ("02_dcgan", ["--dataset", "gaussians"], "argument --dataset"), ("04_cgan", ["--class", 10], "argument --class"),
     ("03_wgan_gp", ["--dataset", "gaussians", "--critic", "conv"], "--critic is for images"),
-    ("03_wgan_gp", ["--dataset", "ring", "--penalty", "explicit"], "--penalty explicit"),
     ("06_stylegan_blocks", ["--image-size", 28], "argument --image-size"),
     ("05_sn_label_smoothing", ["--ttur", "on", "--lr-g", 0.1], "--ttur"), ("01_vanilla_gan", ["--epoch", 3], "--epoch"),
     ("01_vanilla_gan", ["--generate", 9], "with --from"), ("04_cgan", ["--class", 3], "with --from"),
@@ -130,10 +129,6 @@ def test_what_from_refuses(run, refused, flags, key):
     assert sorted(run.rglob("*")) == before
 
 
-def test_from_refuses_the_run_of_another_script(run, refused):
-    assert "was trained by 03_wgan_gp" in refused("04_cgan", "--from", run)
-
-
 @pytest.mark.parametrize("flags, names", [
     ([], ["generated-64-seed0"]), (["--seed", 4, "--generate", 9], ["generated-9-seed4"]),
     (["--explore", 6, "--interpolate"], ["interpolation-seed0", "latent_walk-dim6-seed0"])])
@@ -141,14 +136,8 @@ def test_from_draws_what_is_asked_for(run, tmp_path, capsys, flags, names):
     """Beside the checkpoint, wherever that was copied to."""
     path = shutil.copy(run / "checkpoint.pt", tmp_path / "a.pt")
     load_script("03_wgan_gp").main(["--from", str(path), *map(str, flags)])
-    expected = [str(tmp_path / "samples" / f"{name}.png") for name in names]
-    assert capsys.readouterr().out.splitlines() == expected
-    assert sorted(map(str, tmp_path.rglob("*.png"))) == sorted(expected)
-
-
-def test_a_script_without_its_docstring():
-    """As under python -OO."""
-    assert common.Parser("03_wgan_gp.py", None, {"row": dict(batch_size=2)}).options(["--seed", "4"]).seed == 4
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "samples" / f"{name}.png") for name in names]
+    assert sorted(path.stem for path in tmp_path.rglob("*.png")) == names
 
 
 def test_help_prints_in_any_encoding_and_imports_nothing_slow():

@@ -16,7 +16,6 @@ from torch.nn.functional import leaky_relu
 
 CSRC, EMULATOR = Path(__file__).parent.parent / "csrc", Path(__file__).parent / "emulator"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAN = float("nan")
 ORDERS = range(6)
 GREEDY = 4  # warp by warp: the order that alone finds most
 
@@ -79,7 +78,7 @@ class Memory:
         shift += -values.numel() % (16 // values.itemsize)
         pages = 2 + values.nbytes // mmap.PAGESIZE
         everything = torch.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), dtype=values.dtype,
-                                      count=pages * mmap.PAGESIZE // values.itemsize).fill_(NAN)
+                                      count=pages * mmap.PAGESIZE // values.itemsize).fill_(math.nan)
         assert LIBC.mprotect(ctypes.c_void_p(everything.data_ptr() + everything.nbytes), mmap.PAGESIZE, 0) == 0
         end = len(everything) - shift
         begin = end - values.numel()
@@ -87,7 +86,7 @@ class Memory:
         return everything[begin:end].copy_(values.flatten()).view(values.shape)
 
     def empty(self, *shape, dtype=torch.float32, shift=False):
-        return self(torch.full(shape, NAN, dtype=dtype), shift)
+        return self(torch.full(shape, math.nan, dtype=dtype), shift)
 
     def check(self):
         for everything, begin, end in self.copies:
@@ -134,7 +133,7 @@ def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=
         fields["d_strength"] = None
         del results["d_strength"]
     else:
-        rows = torch.cat([noise, torch.full_like(noise[:, :1], NAN).expand(-1, gap)], dim=1).flatten()
+        rows = torch.cat([noise, torch.full_like(noise[:, :1], math.nan).expand(-1, gap)], dim=1).flatten()
         fields |= dict(noise=memory(rows[:len(rows) - gap], "noise" in shift), strength=memory(strength),
                        noise_stride=(pixels + gap) * (len(noise) > 1), strength_stride=int(len(strength) > 1))
     for name in ("adain_forward", "adain_backward"):
@@ -218,7 +217,7 @@ OPTIONS = [dict(noise="each", gap=8, before=1.0, after=0.2), dict(noise="each", 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, columns", SIZES)
 def test_penalty(library, rows, columns, dtype):
-    for shift in [], ["gradient"], ["d_gradient"]:
+    for shift in [], ["gradient", "d_gradient"]:
         check_penalty(library, rows, columns, dtype, shift=shift)
 
 
@@ -254,7 +253,7 @@ def test_penalty_of_a_zero_row_and_without_a_gradient_of_the_norms(library):
 
 
 def test_penalty_of_nothing(library):
-    for rows, columns, expected in (0, 5, NAN), (3, 0, 1.0), (0, 0, NAN):
+    for rows, columns, expected in (0, 5, math.nan), (3, 0, 1.0), (0, 0, math.nan):
         found = penalty(library, torch.zeros(rows, columns), torch.tensor(1.0), torch.ones(rows))
         assert found["penalty"].item() == pytest.approx(expected, nan_ok=True) and not found["norms"].any()
 
@@ -287,7 +286,8 @@ def check_briefly(library):
     test_adain_just_above_what_a_layout_holds(library, torch.float32)
     test_adain_far_from_zero(library, 784, 1e3)
     for size in (5, 3072), (3, 3073), (600, 2049), (1057, 20):
-        test_penalty(library, *size, torch.float32)
+        for shift in [], ["gradient"], ["d_gradient"]:
+            check_penalty(library, *size, shift=shift)
     test_penalty_of_a_zero_row_and_without_a_gradient_of_the_norms(library)
     turns(library, most_blocks=1)
     for size in (3, 3072), (1057, 20):
@@ -349,7 +349,7 @@ FAULTS |= {f"{limit} pixels are no limit": (
     "a.pixels > L::ROOM", f"a.pixels > L::ROOM + (L::ROOM == {limit} && L::TILE == {tile} ? 4 : 0)")
     for limit, tile in LIMITS.items()}
 FAULTS["256 pixels one by one are no limit"] = "a.pixels > L::ROOM", "a.pixels > L::ROOM + (L::TILE == L::ROOM)"
-OFTEN = ["no second barrier", "last tile too long", "noise not aligned", "256 pixels are no limit"]
+OFTEN = ["no second barrier", "last tile too long", "noise not aligned"]
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, marks=[pytest.mark.slow] * (fault not in OFTEN))

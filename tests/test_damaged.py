@@ -18,21 +18,19 @@ def packed(content):
 
 
 GOOD = {"options": {"script": "03_wgan_gp", "latent_dim": 5}, "epoch": 1, "history": [{"epoch": 1, "W": 0.5}],
-        "generator": {"0.weight": torch.rand(90, 5), "0.bias": torch.rand(90)}}
+        "generator": {"0.weight": torch.arange(450.0).view(90, 5), "0.bias": torch.arange(90.0)}}
 
 
 def of_bytes(good, rng):
-    """A bit flipped, bytes cut off, doubled, overwritten."""
+    """A bit flipped, bytes cut off, overwritten."""
     content = bytearray(good)
     at = rng.randrange(len(content))
-    match rng.randrange(4):
+    match rng.randrange(3):
         case 0:
             content[at] ^= 1 << rng.randrange(8)
         case 1:
             del content[at:]
         case 2:
-            content[at:at] = content[:rng.randrange(200)]
-        case 3:
             content[at:at + 50] = rng.randbytes(50)
     return bytes(content)
 
@@ -65,8 +63,8 @@ class Intruder:
 
 @pytest.mark.parametrize("flag", ["--from", "--resume"])
 def test_foreign_files_are_refused_and_run_no_code(flag, tmp_path, capsys):
-    intruder = {**GOOD, "epoch": Intruder(tmp_path / "written")}
-    for content in (b"", b"no checkpoint", packed(GOOD)[:1000], *map(packed, (intruder, {"weight": torch.zeros(2)}, [1]))):
+    foreign = {**GOOD, "epoch": Intruder(tmp_path / "written")}, {"weight": torch.zeros(2)}, [1, 2]
+    for content in (b"", b"no checkpoint", packed(GOOD)[:1000], *map(packed, foreign)):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(SystemExit) as stop:
             load_script("03_wgan_gp").main([flag, str(tmp_path)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from conftest import load_script  # puts common on the path
 
@@ -94,20 +94,24 @@ def test_upright_as_the_camera_says(tmp_path):
     assert (sample[-8:] == 255).all() and (sample[:-8] == 0).all()
 
 
-def test_unreadable_files_are_named_and_left_out(tmp_path, capsys):
+def test_what_cannot_be_read_is_left_out_by_reason(tmp_path, capsys):
     kept = [paint(tmp_path / name, seed=seed) for seed, name in enumerate(["a.png", "z.png"])]
     paint(tmp_path / "x" / "cut.png")
     content = (tmp_path / "x" / "cut.png").read_bytes()
     (tmp_path / "x" / "cut.png").write_bytes(content[:len(content) // 2])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "page.png").write_text("<html>")
-    for name, values in [("float.tiff", np.float32([[0, 1]])), ("long.tiff", np.int32([[0, 65536]]))]:
+    for index in range(7):
+        (tmp_path / f"page{index}.png").write_text("<html>")
+    for name, values in [("float.tiff", np.float32([[0, 1]])), ("long.tiff", np.int32([[0, 65536]])),
+                         ("signed.tiff", np.int32([[-1000, 3000]])), ("twelve.png", np.uint16([[0, 4095]]))]:
         Image.fromarray(values).save(tmp_path / name)  # what is white in it?
     data = load(tmp_path, 28, 3)
     assert torch.equal(data.samples.permute(0, 2, 3, 1), torch.from_numpy(np.stack(kept))) and len(data.labels) == 2
-    line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("data    5 unreadable files")
-    assert line.endswith(f": empty.jpg, float.tiff, long.tiff, page.png, {Path('x', 'cut.png')}")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("data    2 of 14 pictures")
+    ranges, pages = (next(line for line in others if word in line) for word in ("no known range", "cannot identify"))
+    assert ranges.startswith("data    4 left out") and ranges.endswith("float.tiff, long.tiff, signed.tiff, twelve.png")
+    assert pages.startswith("data    7 left out") and pages.endswith("page4.png, ...") and "page5" not in pages
+    assert len(others) == 3 and any("cut.png" in line for line in others)
 
 
 def test_only_regular_files_are_read(tmp_path, capsys):
@@ -118,8 +122,35 @@ def test_only_regular_files_are_read(tmp_path, capsys):
     (tmp_path / "c.png").symlink_to("/dev/zero")
     (tmp_path / "d.png").symlink_to("nowhere")
     assert len(load(tmp_path).samples) == 2
-    line, = capsys.readouterr().out.splitlines()
-    assert line.endswith(": a.png, c.png, d.png")
+    assert capsys.readouterr().out.splitlines()[1].endswith(": a.png, c.png, d.png")
+
+
+def test_what_is_hidden_is_passed_over_and_linked_folders_are_followed_once(tmp_path, capsys):
+    for name in ["a.png", ".b.png", "._c.png", ".ipynb_checkpoints/d.png", "@eaDir/e.png", "__MACOSX/f.png", "sub/g.png"]:
+        paint(tmp_path / "here" / name)
+    paint(tmp_path / "elsewhere" / "h.png")
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here" / "sub" / "up").symlink_to(tmp_path / "here")
+    assert len(load(tmp_path / "here").samples) == 3
+    assert "3 of 3 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, kind", [("jfif", "JPEG"), ("gif", None), ("jp2", "JPEG2000"), ("tga", None), ("avif", None)])
+def test_every_kind_that_pillow_reads(tmp_path, suffix, kind):
+    Image.init()
+    if (kind or suffix.upper()) not in Image.SAVE:
+        pytest.skip("this Pillow cannot write it")
+    Image.new("RGB", (40, 40), (200, 200, 200)).save(tmp_path / f"a.{suffix}", format=kind)
+    assert abs(load(tmp_path).samples.float().mean().item() - 200) < 3
+
+
+def test_prompts_in_the_metadata_and_large_scans(tmp_path, monkeypatch, recwarn):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", "x" * 2**21, zip=True)
+    Image.new("L", (40, 40), 99).save(tmp_path / "a.png", pnginfo=info)
+    Image.new("L", (10_000, 10_000), 99).save(tmp_path / "b.png")  # more than Pillow reads without a warning
+    assert (load(tmp_path).samples == 99).all() and len(load(tmp_path).samples) == 2
+    assert not [warning for warning in recwarn if "DecompressionBomb" in warning.category.__name__]
 
 
 def test_a_folder_without_images_is_refused(tmp_path, capsys):
@@ -150,7 +181,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch, script, flags, size, channels
     assert not (tmp_path / "runs").exists()
     module.main(command)
     lines = capsys.readouterr().out.splitlines()
-    assert "data    1 unreadable files left out: bad.png" in lines and "data    folder, 9 samples, batch 4" in lines
+    assert any(line.startswith("data    9 of 10 pictures") for line in lines) and "data    folder, 9 samples, batch 4" in lines
     folder = tmp_path / "runs" / f"{script}-folder-0001"
     options = json.loads((folder / "options.json").read_text())
     assert (options["image_size"], options["channels"], options["samples"]) == (size, channels, 9)

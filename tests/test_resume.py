@@ -341,7 +341,3 @@ def test_a_closed_pipe_ends_the_run_like_ctrl_c(tmp_path):
     process.stderr.close()
     assert process.wait() == 130 and line.startswith("interrupted after") and f"--resume {tmp_path / NAME}" in line
     assert torch.load(tmp_path / NAME / "checkpoint.pt", weights_only=True)["step"] >= 1
-
-
-
-

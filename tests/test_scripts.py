@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -86,8 +85,7 @@ def test_log_and_options(finished):
         assert re.findall(r"(\S+) +(-?\d+\.\d{4})", line) == [(name, f"{value:.4f}") for name, value in row.items()]
     options = json.loads((folder / "options.json").read_text())
     assert options == {**options, "dataset": dataset, "epochs": 2, "script": script, "torch": torch.__version__}
-    allowed = ("fused", "reference") if script in FUSED else (None,)
-    assert options["kernels"] in allowed, "those in use, not those asked for"
+    assert (options["kernels"] in ("fused", "reference")) == (script in FUSED), "those in use, not those asked for"
 
 
 def test_pictures(finished):
@@ -172,10 +170,9 @@ def test_curves_draw_the_equilibrium(train, monkeypatch, script, flags, expected
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Run a script in this process, without its pictures; returns its log without `seconds`."""
-    for name in ("save_picture", "save_curves", "save_film"):
-        monkeypatch.setattr(common, name, lambda *arguments, **options: None)
-    monkeypatch.setattr(load_script("06_stylegan_blocks"), "STYLES", {})
+    """Run a script in this process, without pictures; returns its log without `seconds`."""
+    for place, name in ((common, "save_picture"), (common, "save_curves"), (common.Run, "_final_pictures")):
+        monkeypatch.setattr(place, name, lambda *arguments, **options: None)
 
     def call(script, *flags):
         thin = ["--dataset", "gaussians"] if script == "05_sn_label_smoothing" else THIN.get(script, [])
@@ -204,8 +201,8 @@ def test_each_optimizer_gets_its_settings(train, script, tmp_path):
 
 
 OWN = {"01_vanilla_gan": ["--variant two-logit", "--variant keras", "--generator-loss saturating", "--lr-decay 1"],
-       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2", "--penalty autograd"],
-       "04_cgan": ["--gp-weight 1", "--n-critic 2", "--penalty autograd"],
+       "03_wgan_gp": ["--critic conv", "--gp-weight 1", "--n-critic 2"],
+       "04_cgan": ["--gp-weight 1", "--n-critic 2"],
        "06_stylegan_blocks": ["--width 48", "--progressive off", "--style-mixing-prob 1", "--r1-weight 9"]}
 
 
@@ -233,7 +230,7 @@ def test_means_steps_and_seconds_of_an_epoch(tmp_path, monkeypatch):
             for batches in run.epochs():
                 for index, _ in enumerate(run.steps()):
                     clock[0] += 1
-                    assert next(batches)[0].shape == (4, 2)
+                    next(batches)
                     for value in (1.0, 2.0, 6.0):
                         run.record({"thrice": torch.tensor(value)})
                     run.record({"once": torch.tensor(float(index))})
@@ -243,17 +240,13 @@ def test_means_steps_and_seconds_of_an_epoch(tmp_path, monkeypatch):
 
 
 def test_intervals(train, tmp_path, monkeypatch):
-    """Pictures as often as asked; checkpoints at the start, after an epoch's steps, at the end, when time is up."""
+    """Pictures as often as asked; checkpoints at the start, after each epoch's steps, at the end."""
     saved, drawn, save = [], [], common.Run.save
     monkeypatch.setattr(common.Run, "save", lambda run: (saved.append((run.epoch, run.step)), save(run)))
     monkeypatch.setattr(common, "save_picture", lambda samples, columns, path, **more: drawn.append(path.name))
     train("03_wgan_gp", "--epochs", 5, "--sample-interval", 2)
     assert [name for name in drawn if name.startswith("epoch")] == [f"epoch_000{epoch}.png" for epoch in (0, 2, 4, 5)]
     assert saved == [(0, 0), (0, 2), (1, 4), (2, 6), (3, 8), (4, 10), (5, 10)]
-    saved.clear()
-    monkeypatch.setattr(common.Run, "SAVE_SECONDS", 0)
-    train("03_wgan_gp", "--epochs", 1)
-    assert saved == [(0, 0), (0, 1), (0, 2), (1, 2)]
 
 
 def test_sampling_leaves_the_training_state_untouched():
@@ -267,8 +260,6 @@ def test_sampling_leaves_the_training_state_untouched():
     assert samples.shape == (300, 1, 28, 28) and not samples.requires_grad
     assert all(part.training for part in generator.modules())
     assert unchanged(state, generator.state_dict()) and torch.equal(random, torch.get_rng_state())
-    with torch.no_grad():
-        torch.testing.assert_close(samples, generator.eval()(z, labels))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -317,8 +308,7 @@ def test_pipeline_walks_as_the_text_says(drawn, tmp_path):
     pipeline = common.Pipeline(Recorder(), load_script("02_dcgan").generate_noise, args)
     pipeline.interpolate(tmp_path)
     pipeline.explore([4] * 8, tmp_path)
-    pipeline.explore(range(6), tmp_path, one_base=True)
-    (lines, columns), (walk, _), (walks, _) = drawn
+    (lines, columns), (walk, _) = drawn
     assert columns == 10
     lines = lines.view(8, 10, 6)
     ends = pipeline.noise(16)
@@ -330,9 +320,6 @@ def test_pipeline_walks_as_the_text_says(drawn, tmp_path):
     assert torch.equal(walk[:, :, others], walk[:, :1, others].expand(-1, 10, -1))
     assert len(walk[:, 0].unique(dim=0)) == 8, "each row walks from another place"
     torch.testing.assert_close(walk[:, :, 4] - walk[:, :, 4].mean(1, keepdim=True), offsets.expand(8, -1))
-    walks = walks.view(6, 10, 6)
-    moved = walks - walks.mean(1).diagonal()
-    torch.testing.assert_close(moved, torch.eye(6)[:, None] * offsets[None, :, None])
 
 
 @pytest.mark.parametrize("label", [None, 3])
@@ -353,26 +340,19 @@ def test_from_draws_the_class_that_was_asked_for(drawn, tmp_path, label):
         torch.testing.assert_close(signs, signs[:1].expand(10, -1))
 
 
-def test_progress_bar_and_ctrl_c_on_a_terminal(tmp_path):
-    """The bar shows rate and time left; Ctrl-C ends it with one more line."""
+def test_progress_bar_on_a_terminal(tmp_path):
+    """It shows rate and time left."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
-    flags = ["--dataset", "gaussians", "--max-batches", "2", "--epochs", "100000", "--output-dir", str(tmp_path)]
+    flags = ["--dataset", "gaussians", "--max-batches", "2", "--epochs", "4", "--output-dir", str(tmp_path)]
     process = subprocess.Popen([sys.executable, "03_wgan_gp.py", *flags], cwd=ROOT, stderr=theirs,
                                stdout=subprocess.DEVNULL)
     os.close(theirs)
-    shown, asked = b"", False
-    while True:
-        try:
-            shown += os.read(ours, 4096)
-        except OSError:  # it has ended
-            break
-        steps = re.findall(rb"\d+%\|.*?(\d+)/200000 \[\d\d:\d\d<[\d:]+, +[\d.]+(?:step/s|s/step)", shown)
-        if not asked and any(int(step) > 2 for step in steps):
-            process.send_signal(signal.SIGINT)
-            asked = True
+    shown = b""
+    with contextlib.suppress(OSError):  # when it has ended
+        while chunk := os.read(ours, 4096):
+            shown += chunk
     os.close(ours)
-    folder = tmp_path / "03_wgan_gp-gaussians-0001"
-    assert process.wait() == 130 and asked and b"Traceback" not in shown and b"interrupted after" in shown
-    assert (folder / "checkpoint.pt").exists()
+    assert process.wait() == 0
+    assert re.search(rb"\d+%\|.*?[1-8]/8 \[\d\d:\d\d<[\d:]+, +[\d.]+(?:step/s|s/step)", shown)
