@@ -1,6 +1,6 @@
 """DCGAN: a convolutional (畳み込み) generator and discriminator.
 
-Text: chapter 3, section 3.3 (実装例4).
+Text: chapter 3, section 3.3 (実装例4); document 000, whose discriminator is convolutional.
 
     min_G max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]     the game of 3.1, as in 01
     L_D = -(mean(log D(x)) + mean(log(1 - D(G(z))))) / 2            binary cross-entropy of 3.2
@@ -10,12 +10,12 @@ Text: chapter 3, section 3.3 (実装例4).
     python 02_dcgan.py --image-size 64                  the figure of 3.3, 4x4 to 64x64
     python 02_dcgan.py --image-size 64 --channels 3 --dataset folder --data-dir DIR  your own images
 
-実装例4 follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them,
-except for a Linear layer each, the generator's first (the figure has it, too) and the
-discriminator's last, and, as in the DCGAN paper, for D's input, which has no BatchNorm.
-Differs from the text: the discriminator's last layer takes the 512 numbers that its convolutions
-leave (erratum 2) and returns logits (erratum 6). 実装例4 stops before the training; the step is
-that of 3.2, with its own z for each update.
+実装例4 follows only some of the guidelines above it (erratum 21). The 64x64 networks follow them.
+Exceptions: G's first layer and D's last are Linear (the figure has G's, too); D's first layer has
+no BatchNorm, as in the DCGAN paper.
+Differs from the text: the discriminator's last layer has 128 * 2 * 2 = 512 inputs, not 128
+(erratum 2), and returns logits (erratum 6). 実装例4 stops before the training; the step is that of
+3.2, with its own z for each update.
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -73,13 +73,15 @@ class Discriminator(nn.Sequential):
             *block(16, 32),                                                 # [N, 32, 7, 7]
             *block(32, 64),                                                 # [N, 64, 4, 4]
             *block(64, 128),                                                # [N, 128, 2, 2]
-            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))                        # erratum 2, erratum 6
+            # 512 inputs, not 128: erratum 2; no Sigmoid: erratum 6
+            nn.Flatten(), nn.Linear(128 * 2 * 2, 1))
 
 
 def initialise(network):
     """The DCGAN paper's initial weights, for the 64x64 networks; the 28x28 ones keep PyTorch's.
 
-    Weights from N(0, 0.02^2) (arXiv 1511.06434, 4), BatchNorm's from N(1, 0.02^2) (its code).
+    Weights from N(0, 0.02^2) (sec. 4 of arXiv 1511.06434), BatchNorm's from N(1, 0.02^2), as its
+    code has it.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
@@ -110,7 +112,10 @@ class Generator64(nn.Sequential):
 
 
 class Discriminator64(nn.Sequential):
-    """Its mirror: images [N, channels, 64, 64] -> logits [N, 1]; 11 million parameters."""
+    """Ours, Generator64 mirrored: images [N, channels, 64, 64] -> logits [N, 1].
+
+    11 million parameters. The text's figure shows the generator alone.
+    """
 
     def __init__(self, channels=1):
         def block(inputs, outputs):
@@ -152,7 +157,10 @@ def generator_loss(fake_logits):
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z):
-    """One step down L_D; real: [N, channels, H, W], z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers L_D; real: [N, channels, H, W], z: [N, latent_dim].
+
+    Returns what to log.
+    """
     with torch.no_grad():                           # the text's .detach(): G is not trained here
         fake = generator(z)
     real_logits, fake_logits = discriminator(real), discriminator(fake)
@@ -165,7 +173,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z):
 
 
 def generator_step(generator, discriminator, optimizer, z):
-    """One step down L_G; z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers L_G; z: [N, latent_dim]. Returns what to log."""
     loss = generator_loss(discriminator(generator(z)))
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated

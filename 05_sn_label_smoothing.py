@@ -3,13 +3,12 @@
 Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cures (原因と対策) of
 3.2, 演習問題2 and 3; chapter 11, 11.2.1 (real labels from 0.8 to 1.2).
 
-    W <- W / sigma(W),  sigma(W) = max_h ||W h|| / ||h||    スペクトルノルム (arXiv 1802.05957): the
-                                                            largest singular value (最大特異値),
-                                                            found by power iteration: one step per
-                                                            forward pass in training (演習問題3)
-    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2          BCE(D, t) =
-                                                            -t log D - (1 - t) log(1 - D)
-    L_G = mean(BCE(D(G(z)), 1))                             non-saturating, never smoothed
+    W <- W / sigma(W),  sigma(W) = max_h ||W h|| / ||h||
+        スペクトルノルム (arXiv 1802.05957): the largest singular value (最大特異値), found by power
+        iteration: one step per forward pass in training (演習問題3)
+    L_D = mean(BCE(D(x), a) + BCE(D(G(z)), b)) / 2,  BCE(D, t) = -t log D - (1 - t) log(1 - D)
+    L_G = mean(BCE(D(G(z)), 1))
+        non-saturating, never smoothed
 
     --spectral-norm on | off                 every layer of D divided by its largest singular value
     --label-smoothing none                   a = 1, b = 0
@@ -23,7 +22,7 @@ Text: chapter 3, section 3.4 (実装例6 and label smoothing), the causes and cu
     python 05_sn_label_smoothing.py                         spectral normalisation, no other cure
     python 05_sn_label_smoothing.py --spectral-norm off     all off: the loss of 02, another D
     python 05_sn_label_smoothing.py --dataset gaussians --minibatch-discrimination on
-                                                            実装例3's 8 Gaussians, halved
+        実装例3's 8 Gaussians, coordinates divided by 2
 
 At the equilibrium D = (a + b) / 2: 0.5, but 0.45 with one-sided labels, where L_G is 0.799
 (erratum 42). sigma is that of the kernel as a matrix; the convolution as a map may stretch further
@@ -116,7 +115,7 @@ class PointsDiscriminator(nn.Sequential):
 class MinibatchDiscrimination(nn.Module):
     """Features f [N, A] -> [N, A + ROWS]: ROWS numbers per sample say how close the others are.
 
-    arXiv 1606.03498, 3.2: M = T(f) has ROWS rows of ROW_DIM numbers, and for sample i and row b
+    Sec. 3.2 of arXiv 1606.03498: M = T(f) has ROWS rows of ROW_DIM numbers; for sample i and row b
     o_b(x_i) = mean_j exp(-||M_ib - M_jb||_1). The paper sums over j; the mean differs by a factor
     and keeps o in (0, 1]. It stands between layers, not at D's input as in 演習問題2 (erratum 34).
     """
@@ -197,7 +196,7 @@ def generator_loss(fake_logits):
 
 # --------------------------------------------------------------------------------- training step
 def discriminator_step(generator, discriminator, optimizer, real, z, smoothing):
-    """One step down L_D; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
+    """One optimizer step that lowers L_D; real: [N, 1, 28, 28] or [N, 2], z: [N, latent_dim].
 
     Returns what to log.
     """
@@ -213,7 +212,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z, smoothing):
 
 
 def generator_step(generator, discriminator, optimizer, z):
-    """One step down L_G; z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers L_G; z: [N, latent_dim]. Returns what to log."""
     loss = generator_loss(discriminator(generator(z)))
     optimizer.zero_grad()
     loss.backward(inputs=list(generator.parameters()))  # gradients for G only; D is not updated

@@ -2,18 +2,21 @@
 
 Text: chapter 3, section 3.5 (実装例7), 演習問題4.
 
-    w = f(z)                                            mapping network: 8 layers (中間潜在空間 w)
+    w = f(z)
+        mapping network: 8 layers (中間潜在空間 w)
     AdaIN(x, w) = (1 + scale(w)) (x - mu) / sigma + bias(w)
-                                                        mu, sigma: per channel of each sample
-    x <- LeakyReLU(AdaIN(conv(x) + strength noise, w))  twice per block, the order of the listing
+        mu, sigma: per channel of each sample
+    x <- LeakyReLU(AdaIN(conv(x) + strength noise, w))
+        twice per block, the order of the listing
     L_D = mean(softplus(D(G(z))) + softplus(-D(x))) + r1_weight / 2 mean(||grad_x D(x)||^2)
-    L_G = mean(softplus(-D(G(z))))                      D: here the logit l, not a probability;
-                                                        softplus(-l) = -log sigmoid(l): L_G of 02;
-                                                        L_D: the sum of two terms, 02's their mean;
-                                                        the epoch line has sigmoid(l) as D
+    L_G = mean(softplus(-D(G(z))))
+        D is here the logit l, not a probability; softplus(-l) = -log sigmoid(l), so L_G is that of
+        02; L_D is the sum of two terms, in 02 their mean. The epoch line shows sigmoid(l) as D.
 
     python 06_stylegan_blocks.py                        MNIST at 32x32, few channels, for a CPU
-    python 06_stylegan_blocks.py --width 256 --latent-dim 512   the text's: block 128 -> 64, 8 x 512
+    python 06_stylegan_blocks.py --width 256 --latent-dim 512
+                                                        the text's sizes: 512 latents, last block
+                                                        128 to 64
     python 06_stylegan_blocks.py --image-size 64 --channels 3 --dataset folder --data-dir DIR
                                                         your own images
     python 06_stylegan_blocks.py --kernels reference    AdaIN by PyTorch's operations alone
@@ -21,9 +24,10 @@ Text: chapter 3, section 3.5 (実装例7), 演習問題4.
 
 The text has the mapping network and one block. We add: the generator and discriminator around the
 block, the loss and the growing, after ProGAN (arXiv 1710.10196) and StyleGAN (arXiv 1812.04948).
-Differs from the text: z is normalised, weights are scaled at run time, AdaIN has 1 + scale, so that
-the styles act from the start (erratum 38); separate noise per layer, strengths start at 0.1
-(erratum 37); the mapping network ends with a BatchNorm.
+Differs from the text: 128 latent dimensions and width 64 by default, for a CPU; z is normalised,
+weights are scaled at run time, AdaIN has 1 + scale, so that the styles act from the start (erratum
+38); separate noise per layer, strengths start at 0.1 (erratum 37); the mapping network ends with a
+BatchNorm.
 "Erratum N" is a row of docs/errata.md.
 """
 
@@ -78,7 +82,7 @@ class Scale(nn.Module):
 
 
 def scaled(layer, gain=2**0.5):
-    """Runtime weight scaling (ProGAN, 4.1).
+    """Runtime weight scaling (sec. 4.1 of ProGAN).
 
     Weights start from N(0, 1); the layer uses them times gain / sqrt(inputs of a neuron). A gain of
     sqrt(2) makes up for LeakyReLU; it is 1 where none follows.
@@ -114,8 +118,8 @@ def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_aft
     """LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise); shaped as x.
 
     x: [N, C, H, W]; scale (with its "1 +"), bias: [N, C]; noise: [N or 1, 1, H, W], its strength
-    [1] or [C]. A slope of 1 means no LeakyReLU. The listing has one after the normalisation, which
-    is all that this script uses. StyleGAN has it before (erratum 36): try it with slope_before.
+    [1] or [C]. A slope of 1 means no LeakyReLU. 実装例7 has one after the normalisation, StyleGAN
+    before it (erratum 36).
     """
     if noise is not None:
         x = x + strength[:, None, None] * noise     # [N, C, H, W]: one map for all channels
@@ -213,7 +217,7 @@ class Generator(nn.Module):
         rng = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
         x = self.constant.expand(len(styles), -1, -1, -1)
         for k, block in enumerate(self.blocks[:top + 1]):
-            if k > 0:                               # bilinear: StyleGAN, section 2
+            if k > 0:                               # bilinear: sec. 2 of StyleGAN
                 below, x = x, F.interpolate(x, scale_factor=2, mode="bilinear")
             if rng:                                 # on the CPU: all devices draw the same
                 noise = torch.randn(1, 2, *x.shape[2:], generator=rng).to(x.device)
@@ -260,7 +264,7 @@ class Discriminator(nn.Module):
             if k == top - 1 and self.level < top:
                 coarse = self.from_rgb[k](F.avg_pool2d(image, 2))   # fade-in, as in the generator
                 x = torch.lerp(coarse, x, self.level - top + 1)
-        # Minibatch deviation, ProGAN, 3: one number for the batch, as one more channel.
+        # Minibatch deviation, sec. 3 of ProGAN: one number for the batch, as one more channel.
         deviation = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
         return self.last(torch.cat([x, deviation.expand(len(x), 1, 4, 4)], 1))
 
@@ -269,7 +273,8 @@ def level_at(progress, top):
     """The level at training fraction `progress` (Progressive Growing of 3.5's table).
 
     During the first half of a stage the level stands still; in the second the next resolution fades
-    in.
+    in. With top = 3 a stage is a sixth of the training: at progress 1/12 the level is still 0, at
+    1/8 it is 0.5, at 1/6 it is 1.
     """
     stage, part = divmod(progress / GROWTH * top, 1)
     return min(stage + max(0.0, 2 * part - 1), top)
@@ -306,7 +311,7 @@ def generator_loss(fake_logits):
 def r1_penalty(real_logits, real):
     """R1 (arXiv 1801.04406): mean ||grad_x D(x)||^2; the images must require gradients.
 
-    It pulls D's slope at real images to 0; the penalty of 3.4 pulls it to 1 between real and fake.
+    It pulls D's slope at real images to 0; 03's penalty pulls it to 1 between real and fake.
     """
     # The sum, as in 03. The minibatch deviation makes a logit depend slightly on the other samples,
     # so that this is R1 only approximately.
@@ -316,10 +321,10 @@ def r1_penalty(real_logits, real):
 
 # --------------------------------------------------------------------------------- training step
 def mixed_styles(generator, z, probability):
-    """Mixing regularisation (3.5, スタイル混合; StyleGAN, 3.1): styles [N, blocks, latent_dim].
+    """Mixing regularisation (3.5, スタイル混合): styles [N, blocks, latent_dim].
 
-    The style of z for every block; with this probability, drawn once per batch, the blocks from a
-    random one on get the style of another z.
+    Sec. 3.1 of StyleGAN. The style of z for every block; with this probability, drawn once per
+    batch, the blocks from a random one on get the style of another z.
     """
     styles, active = generator.styles(z), math.ceil(generator.level) + 1
     if active > 1 and torch.rand(()) < probability:
@@ -330,7 +335,10 @@ def mixed_styles(generator, z, probability):
 
 
 def discriminator_step(generator, discriminator, optimizer, real, z, style_mixing_prob, r1_weight):
-    """One step down L_D; real: [N, C, S, S], z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers L_D; real: [N, C, S, S], z: [N, latent_dim].
+
+    Returns what to log.
+    """
     with torch.no_grad():                           # G is not trained here
         fake = generator.synthesis(mixed_styles(generator, z, style_mixing_prob))
     real = with_detail_of(generator.level, real).requires_grad_()
@@ -345,7 +353,7 @@ def discriminator_step(generator, discriminator, optimizer, real, z, style_mixin
 
 
 def generator_step(generator, discriminator, optimizer, z, style_mixing_prob):
-    """One step down L_G; z: [N, latent_dim]. Returns what to log."""
+    """One optimizer step that lowers L_G; z: [N, latent_dim]. Returns what to log."""
     fake = generator.synthesis(mixed_styles(generator, z, style_mixing_prob))
     loss = generator_loss(discriminator(fake))
     optimizer.zero_grad()

@@ -27,9 +27,8 @@ PLACES = {
     "演習問題5": "GANの評価指標",
     "000": "GAN(敵対的生成ネットワーク)のPython実装", "002": "Keras", "003": "GANsに関して",
 }
-# A section of a paper ("arXiv 1606.03498, 3.2"; "StyleGAN, 3.1") is no place of the text.
-PAPER = re.compile(r"(?:arXiv [\d.]+|[A-Z]\w*GAN),? (?:section )?[\d.]+\d")
-PLACE = re.compile(r"(?<![\w.,])(?:11\.[1-4](?:\.[1-3])?|3\.[1-6]|00[023]|(?:実装例|演習問題)[1-8])(?![.\d]*\d)")
+# "sec. 3.2 of arXiv 1606.03498" is a section of a paper, no place of the text.
+PLACE = re.compile(r"(?<![\w.,])(?<!sec\. )(?:11\.[1-4](?:\.[1-3])?|3\.[1-6]|00[023]|(?:実装例|演習問題)[1-8])(?![.\d]*\d)")
 SEVERAL = re.compile(r"(実装例|演習問題|3\.)(\d)(?:-3\.| (to|and|or) )(\d)(?![.\d])")
 
 
@@ -40,7 +39,7 @@ def places(text):
         numbers = [first, last] if word in ("and", "or") else range(int(first), int(last) + 1)
         return " ".join(f"{name}{number}" for number in numbers)
 
-    return {place for place in PLACE.findall(SEVERAL.sub(each, PAPER.sub("", text))) if place in PLACES}
+    return {place for place in PLACE.findall(SEVERAL.sub(each, text)) if place in PLACES}
 
 
 def marks(path):
