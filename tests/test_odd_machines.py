@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_a_proxys_refusal_is_in_the_message(tmp_path, monkeypatch, capsys):
     with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://mnist.invalid/"])
+        monkeypatch.setattr(urllib.request, "_opener", None)  # the one that an earlier download has left
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
         line = refused(capsys, [*QUICK[2:], "--dataset", "mnist", "--data-dir", tmp_path])
         server.shutdown()
