@@ -666,6 +666,8 @@ def read_mnist(args, split):
         if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets) or data.targets.max() > 9:
             raise ValueError("these are no images of 28x28 pixels, each with a label from 0 to 9")
         return args.dataset.replace("auto", "mnist"), data.data[:, None], data.targets
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  no network, a damaged file, a folder that cannot be read
         reason = f"no {kind.__name__} in {top} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         files = ", ".join(name.removesuffix(".gz") for name, _ in kind.resources)
@@ -794,6 +796,8 @@ def read_folder(folder, image_size, channels):
                 with Image.open(path) as image:
                     images[kept] = square_pixels(ImageOps.exif_transpose(image), image_size, channels)
                 kept += 1
+            except MemoryError:
+                raise
             except Exception as error:  # noqa: BLE001  whatever Pillow raises on a damaged file
                 left_out[str(error).replace(repr(str(path)), "it")[:80]].append(os.path.relpath(path, folder))
     print(f"data    {kept} of {len(paths)} pictures in {folder} are taken")

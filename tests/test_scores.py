@@ -203,13 +203,14 @@ def test_larger_images_are_read_as_they_were(scorer, size, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_samples_are_read_as_a_file_would_hold_them(scorer, channels):
-    """Rounded to 256 levels and cut off at black and white: nothing finer or beyond reaches the classifier."""
+    """Rounded to 256 levels, cut off at black and white, in grey: nothing finer or beyond reaches the classifier."""
     images = torch.arange(256, dtype=torch.uint8).repeat(49).view(16, 1, 28, 28)
-    rest = torch.linspace(-0.45, 0.45, images.numel()).view(images.shape)
-    samples = ((images + rest) / 127.5 - 1).expand(-1, channels, -1, -1)
+    images = torch.cat([images.roll(channel, 0) for channel in range(channels)], 1)
+    samples = (images + torch.linspace(-0.45, 0.45, images.numel()).view(images.shape)) / 127.5 - 1
     features, probabilities = scorer.read([torch.where(images == 255, 2, torch.where(images == 0, -2, samples))])
-    torch.testing.assert_close(features, scorer.classifier[:-1](images / 255))
-    torch.testing.assert_close(probabilities, scorer.classifier(images / 255).softmax(1))
+    grey = (images / 255).mean(1, keepdim=True)
+    torch.testing.assert_close(features, scorer.classifier[:-1](grey))
+    torch.testing.assert_close(probabilities, scorer.classifier(grey).softmax(1))
 
 
 # ---------------------------------------------------------------------------------- planted sets
