@@ -46,7 +46,7 @@ const void* real(const Tensor& t, const Tensor& like, int64_t count, const char*
 
 const void* same(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == like.scalar_type() && t.numel() == like.numel() &&
-                  t.device() == like.device(), name, ": expected a contiguous tensor like x");
+                  t.device() == like.device(), name, ": expected a contiguous tensor like the first");
   return t.data_ptr();
 }
 
@@ -66,38 +66,39 @@ void run(int (*kernel)(const Arguments&, Dtype, Where), const Arguments& argumen
   STD_TORCH_CHECK(error == 0, "a kernel of csrc/ failed with CUDA error ", error);
 }
 
-Penalty penalty_of(const Tensor& gradient) {
-  STD_TORCH_CHECK(gradient.dim() >= 1 && gradient.is_contiguous(), "gradient: expected a contiguous tensor [N, ...]");
+Penalty penalty_of(const Tensor& u) {
+  STD_TORCH_CHECK(u.dim() >= 1 && u.is_contiguous(), "u: expected a contiguous tensor [N, ...]");
   Penalty p{};
-  p.rows = gradient.size(0);
-  p.columns = p.rows ? gradient.numel() / p.rows : 0;
-  p.gradient = gradient.data_ptr();
+  p.rows = u.size(0);
+  p.columns = p.rows ? u.numel() / p.rows : 0;
+  p.u = u.data_ptr();
   return p;
 }
 
-// Gradients [N, ...] -> penalty [], norms [N].
-std::tuple<Tensor, Tensor> run_penalty(const Tensor& gradient) {
-  Penalty p = penalty_of(gradient);
-  Tensor result = new_real(gradient, {}), norms = new_real(gradient, {p.rows});
-  Tensor partial = new_real(gradient, {p.rows * pieces(p.rows, p.columns)});
+// u, v [N, ...] with u . v = norm^2 -> penalty [], norms [N].
+std::tuple<Tensor, Tensor> run_penalty(const Tensor& u, const Tensor& v) {
+  Penalty p = penalty_of(u);
+  Tensor result = new_real(u, {}), norms = new_real(u, {p.rows});
+  Tensor partial = new_real(u, {p.rows * pieces(p.rows, p.columns)});
+  p.v = same(v, u, "v");
   p.penalty = result.data_ptr();
   p.norms = norms.data_ptr();
   p.partial = partial.data_ptr();
-  run(penalty_forward, p, gradient);
+  run(penalty_forward, p, u);
   return {result, norms};
 }
 
-// Gradients [N, ...], norms [N], d_penalty [], d_norms [N] or none -> the derivative by the gradients, like them.
-Tensor run_penalty_backward(const Tensor& gradient, const Tensor& norms, const Tensor& d_penalty,
+// u [N, ...], norms [N], d_penalty [], d_norms [N] or none -> the derivative by v, like u: u times a number per row.
+Tensor run_penalty_backward(const Tensor& u, const Tensor& norms, const Tensor& d_penalty,
                             const OptionalTensor& d_norms) {
-  Penalty p = penalty_of(gradient);
-  Tensor d_gradient = torch::stable::empty_like(gradient);
-  p.norms = const_cast<void*>(real(norms, gradient, p.rows, "norms"));
-  p.d_penalty = real(d_penalty, gradient, 1, "d_penalty");
-  p.d_norms = d_norms ? real(*d_norms, gradient, p.rows, "d_norms") : nullptr;
-  p.d_gradient = d_gradient.data_ptr();
-  run(penalty_backward, p, gradient);
-  return d_gradient;
+  Penalty p = penalty_of(u);
+  Tensor d_v = torch::stable::empty_like(u);
+  p.norms = const_cast<void*>(real(norms, u, p.rows, "norms"));
+  p.d_penalty = real(d_penalty, u, 1, "d_penalty");
+  p.d_norms = d_norms ? real(*d_norms, u, p.rows, "d_norms") : nullptr;
+  p.d_v = d_v.data_ptr();
+  run(penalty_backward, p, u);
+  return d_v;
 }
 
 Adain adain_of(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
@@ -174,8 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_adain_backward(
 #endif
 
 STABLE_TORCH_LIBRARY(NAMESPACE, m) {
-  m.def("penalty(Tensor gradient) -> (Tensor, Tensor)");
-  m.def("penalty_backward(Tensor gradient, Tensor norms, Tensor d_penalty, Tensor? d_norms) -> Tensor");
+  m.def("penalty(Tensor u, Tensor v) -> (Tensor, Tensor)");
+  m.def("penalty_backward(Tensor u, Tensor norms, Tensor d_penalty, Tensor? d_norms) -> Tensor");
   m.def("adain(Tensor x, Tensor scale, Tensor bias, Tensor? noise, Tensor? strength, "
         "float slope_before, float slope_after, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("adain_backward(Tensor dy, Tensor x, Tensor scale, Tensor bias, Tensor? noise, Tensor? strength, "

@@ -165,15 +165,15 @@ template <class T> void forward(const Penalty& p, Where where) {
   parallel(where, p.rows * n, p.columns / n, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece piece(p, i);
-      const T* g = static_cast<const T*>(p.gradient) + piece.begin;
-      partial[i] = R(sum<R>(piece.count, [g](int64_t k, R& s, R&) { const R v = g[k]; s += v * v; }).first);
+      const T *u = static_cast<const T*>(p.u) + piece.begin, *v = static_cast<const T*>(p.v) + piece.begin;
+      partial[i] = R(sum<R>(piece.count, [u, v](int64_t k, R& s, R&) { s += R(u[k]) * R(v[k]); }).first);
     }
   });
   double total = 0;
   for (int64_t row = 0; row < p.rows; ++row) {
     double square = 0;
     for (int64_t j = 0; j < n; ++j) square += partial[row * n + j];
-    norms[row] = R(std::sqrt(square));
+    norms[row] = R(std::sqrt(square < 0 ? 0 : square));                     // by rounding, where it should be 0
     total += (norms[row] - 1) * (norms[row] - 1);
   }
   *static_cast<R*>(p.penalty) = R(total / double(p.rows));                  // no rows: NaN, as the mean of nothing
@@ -190,11 +190,11 @@ template <class T> void backward(const Penalty& p, Where where) {
       const R norm = norms[piece.row];
       const R d_norm = d_penalty * 2 * (norm - 1) / R(p.rows) + (d_norms ? d_norms[piece.row] : 0);
       const R factor = norm == 0 ? 0 : d_norm / norm;                       // at norm 0 the subgradient 0: torch.norm's
-      const T* g = static_cast<const T*>(p.gradient) + piece.begin;
-      T* d_gradient = static_cast<T*>(p.d_gradient) + piece.begin;
-      const bool large = past_caches(d_gradient, p.rows * p.columns * sizeof(T), piece.count * sizeof(T));
-      written(piece.count, d_gradient, large, [=](int64_t begin, int64_t count, T* to) {
-        each(count, [=](int64_t k) { to[k] = factor * R(g[begin + k]); });
+      const T* u = static_cast<const T*>(p.u) + piece.begin;
+      T* d_v = static_cast<T*>(p.d_v) + piece.begin;
+      const bool large = past_caches(d_v, p.rows * p.columns * sizeof(T), piece.count * sizeof(T));
+      written(piece.count, d_v, large, [=](int64_t begin, int64_t count, T* to) {
+        each(count, [=](int64_t k) { to[k] = factor * R(u[begin + k]); });
       });
     }
     wait_for_stores();

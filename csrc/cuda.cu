@@ -119,20 +119,22 @@ template <int THREADS, class Body> __device__ void each_piece(const Penalty& p, 
 // Of warps at least three blocks per multiprocessor, up to 80 registers for a thread: without this the compiler takes
 // fewer, and in float32 some loads wait for earlier ones.
 template <class T, int V, int THREADS>
-__global__ void __launch_bounds__(ROW_THREADS, THREADS == 32 ? 3 : 0) square_sums(Penalty p, Cut cut) {
+__global__ void __launch_bounds__(ROW_THREADS, THREADS == 32 ? 3 : 0) products(Penalty p, Cut cut) {
   each_piece<THREADS>(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
-    const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
-    float squares[V] = {}, total = 0;
+    const auto *all_u = static_cast<const Vector<T, V>*>(p.u) + begin;
+    const auto *all_v = static_cast<const Vector<T, V>*>(p.v) + begin;
+    float sums[V] = {}, total = 0;
     each_tile<THREADS * ROW_ITEMS<THREADS>>(count, [&](int64_t tile, int held) {
-      Vector<T, V> g[ROW_ITEMS<THREADS>];
-      fetch<THREADS>(gradient + tile, held, g);
+      Vector<T, V> u[ROW_ITEMS<THREADS>], v[ROW_ITEMS<THREADS>];
+      fetch<THREADS>(all_u + tile, held, u);
+      fetch<THREADS>(all_v + tile, held, v);
       each_held<THREADS, ROW_ITEMS<THREADS>>(held, [&](int n, int) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) squares[e] += to_float(g[n].at[e]) * to_float(g[n].at[e]);
+        for (int e = 0; e < V; ++e) sums[e] += to_float(u[n].at[e]) * to_float(v[n].at[e]);
       });
     });
 #pragma unroll
-    for (int e = 0; e < V; ++e) total += squares[e];
+    for (int e = 0; e < V; ++e) total += sums[e];
     total = sum<THREADS>(total);
     if (threadIdx.x == 0) static_cast<float*>(p.partial)[row * cut.pieces + j] = total;
   });
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p, int64_t pie
     for (int distance = lanes / 2; distance > 0; distance /= 2)
       square += __shfl_xor_sync(0xffffffffu, square, distance);
     if (row < p.rows && lane == 0) {
-      const float norm = sqrtf(square);
+      const float norm = sqrtf(square < 0 ? 0 : square);        // by rounding, where it should be 0
       static_cast<float*>(p.norms)[row] = norm;
       total += (norm - 1) * (norm - 1);
     }
@@ -163,19 +165,19 @@ __global__ void __launch_bounds__(1024) norms_and_penalty(Penalty p, int64_t pie
 template <class T, int V, int THREADS>
 __global__ void __launch_bounds__(ROW_THREADS) scaled_rows(Penalty p, Cut cut) {
   each_piece<THREADS>(p, cut, [&](int64_t row, int64_t, int64_t begin, int64_t count) {
-    const auto* gradient = static_cast<const Vector<T, V>*>(p.gradient) + begin;
-    auto* d_gradient = static_cast<Vector<T, V>*>(p.d_gradient) + begin;
+    const auto* all_u = static_cast<const Vector<T, V>*>(p.u) + begin;
+    auto* d_v = static_cast<Vector<T, V>*>(p.d_v) + begin;
     const float norm = static_cast<const float*>(p.norms)[row];
     const float d_norm = *static_cast<const float*>(p.d_penalty) * 2 * (norm - 1) / float(p.rows) +
                          (p.d_norms ? static_cast<const float*>(p.d_norms)[row] : 0);
     const float factor = norm == 0 ? 0 : d_norm / norm;         // at norm 0 the subgradient 0, as torch.norm's
     each_tile<THREADS * ROW_ITEMS<THREADS>>(count, [&](int64_t tile, int held) {
-      Vector<T, V> g[ROW_ITEMS<THREADS>];
-      fetch<THREADS>(gradient + tile, held, g);
+      Vector<T, V> u[ROW_ITEMS<THREADS>];
+      fetch<THREADS>(all_u + tile, held, u);
       each_held<THREADS, ROW_ITEMS<THREADS>>(held, [&](int n, int k) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) store(g[n].at[e], to_float(g[n].at[e]) * factor);
-        d_gradient[tile + k] = g[n];
+        for (int e = 0; e < V; ++e) store(u[n].at[e], to_float(u[n].at[e]) * factor);
+        d_v[tile + k] = u[n];
       });
     });
   });
@@ -189,7 +191,7 @@ template <class F> int for_rows(const Penalty& p, Dtype dtype, F f) {
     constexpr int V = 16 / sizeof(kind);
     const std::integral_constant<int, 32> warp{};
     const std::integral_constant<int, ROW_THREADS> block{};
-    if (p.columns % V != 0 || !aligned({p.gradient, p.d_gradient}))
+    if (p.columns % V != 0 || !aligned({p.u, p.v, p.d_v}))
       return f(kind, std::integral_constant<int, 1>(), block);
     const std::integral_constant<int, V> vector{};
     return p.rows >= 8 * MULTIPROCESSORS && p.columns <= 32 * ROW_ITEMS<32> * V ? f(kind, vector, warp)
@@ -388,7 +390,7 @@ int penalty_forward(const Penalty& p, Dtype dtype, Where where) {
   return for_rows(p, dtype, [&](auto kind, auto v, auto threads) {
     const Cut cut(p, v);
     const dim3 block(threads, ROW_THREADS / threads);
-    const int error = launch(square_sums<decltype(kind), v, threads>, cut.blocks(p, block.y), block, where, p, cut);
+    const int error = launch(products<decltype(kind), v, threads>, cut.blocks(p, block.y), block, where, p, cut);
     int lanes = 1;
     while (lanes < 32 && 2 * lanes <= cut.pieces) lanes *= 2;
     return error ? error : launch(norms_and_penalty, dim3(1), dim3(1024), where, p, cut.pieces, lanes);

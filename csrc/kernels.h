@@ -7,13 +7,13 @@
 
 enum class Dtype { float32, float16, bfloat16, float64 };
 
-struct Penalty {                        // of per-sample gradients: rows = N, columns = the rest
+struct Penalty {                        // rows = N
   int64_t rows, columns;
-  const void* gradient;                 // [rows, columns]
-  void *norms, *penalty;                // real [rows], real []: ||g||_2, mean((||g||_2 - 1)^2)
+  const void *u, *v;                    // [rows, columns], of products u . v = norm^2; backward: u alone
+  void *norms, *penalty;                // real [rows], real []: mean((norm - 1)^2)
   void* partial;                        // real [rows, pieces(rows, columns)], scratch of the forward pass
   const void *d_penalty, *d_norms;      // backward: real [], real [rows] or null
-  void* d_gradient;                     // backward: [rows, columns]
+  void* d_v;                            // backward: [rows, columns], the derivative by v
 };
 
 // A row is cut into pieces, of more than 512 elements, where the rows alone are too few to keep a large GPU busy:

@@ -36,7 +36,7 @@ def choose(wanted, device):
         if wanted != "reference":
             build.load(device)
             kernels = getattr(torch.ops, f"gan_{device}")
-            kernels.penalty(torch.ones(1, 1, device=device))  # they may not run: under an old driver, on another GPU
+            kernels.penalty(*torch.ones(2, 1, 1, device=device))  # they may not run: under an old driver, on another GPU
             KERNELS[device], outcome = kernels, f"fused, for {device}: {', '.join(dict.fromkeys(NAMES)) or 'nothing'}"
     except (build.Unavailable, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -104,41 +104,43 @@ class Dropout(nn.Dropout):
 class Walk(TorchFunctionMode):
     """Follows x through a critic: meets every function of torch that is called, and keeps what makes the gradient.
 
-    layers: [weight, slopes] of each Linear layer and the units after it, slopes [N, units] or None. columns: how many
+    layers: [weight, slopes] of each Linear layer and the units after it, slopes [N, units] or 1. columns: how many
     inputs of the first layer are x; the others are labels. odd: a function of x that no critic of Linear, LeakyReLU and
     Dropout layers has.
     """
 
-    def __init__(self, x, weights):
+    def __init__(self, x):
         super().__init__()
-        self.at, self.passed, self.weights = x, [x], weights
-        self.layers, self.columns, self.odd = [], None, None
+        self.at, self.passed, self.layers, self.columns, self.odd = x, {id(x): x}, [], None, None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, x, slopes = kwargs or {}, self.at, None
         parts = [part for arg in (*args, *kwargs.values()) for part in (arg if type(arg) in (list, tuple) else [arg])]
-        used = [part for part in parts if any(part is each for each in self.passed)]
+        used = [part for part in parts if id(part) in self.passed]
         plain = len(used) == 1 and args and used[0] is x is parts[0]
-        if plain and function is F.leaky_relu:
-            sign = (x > 0).to(x.dtype).mul_(2).sub_(1)
-            slopes = function(sign.clone(), *args[1:], **kwargs) * sign
-        elif plain and function in (F.dropout, dropout):
-            slopes = function(torch.ones_like(x), *args[1:], **kwargs)
+        if plain and function in SLOPES:
+            slopes = SLOPES[function](*args, **kwargs)
         result = function(*args, **kwargs) if slopes is None else x * slopes
         if not used or not isinstance(result, torch.Tensor):  # labels alone; x.shape
             return result
         if slopes is not None and self.layers:
-            before = self.layers[-1][1]
-            self.layers[-1][1] = slopes if before is None else before * slopes
-        elif plain and function is F.linear and any(args[1] is weight for weight in self.weights):
-            self.layers.append([args[1], None])
+            self.layers[-1][1] = self.layers[-1][1] * slopes
+        elif plain and function is F.linear and isinstance(args[1], nn.Parameter):
+            self.layers.append([args[1], 1])
         elif plain and function is torch.cat and not self.layers and result.dim() == 2:
             self.columns = x.size(1)
         elif not plain or function is not torch.Tensor.flatten or self.layers:
             self.odd = function.__name__
-        self.at = result
-        self.passed.append(result)
+        self.at = self.passed[id(result)] = result
         return result
+
+
+SLOPES = {  # what a function multiplies each number of x by
+    F.leaky_relu: lambda x, negative_slope=0.01, inplace=False:
+        torch.ops.aten.leaky_relu_backward(torch.ones_like(x), x, negative_slope, False),
+    F.dropout: lambda x, *options, **others: F.dropout(torch.ones_like(x), *options, **others),
+    dropout: lambda x, p: dropout(torch.ones_like(x), p)}
+LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.LeakyReLU, nn.Dropout, Dropout, nn.Embedding)
 
 
 def gradient_penalty(formula, critic, real, fake, *labels):
@@ -146,9 +148,9 @@ def gradient_penalty(formula, critic, real, fake, *labels):
 
     real, fake: [N, ...]; labels: what else the critic takes. A critic of Linear, LeakyReLU and Dropout layers is linear
     near any x: C(x) = w4 S3 W3 S2 W2 S1 W1 x + ..., where S is diagonal: each unit's slope of LeakyReLU times its mask
-    of Dropout. So g = w4 S3 W3 S2 W2 S1 W1. backward() differentiates that product once, where the formula needs the
-    derivative of a derivative (docs/performance.md). Numbers are drawn in the formula's order. Any other critic, also
-    one with hooks or parametrizations, gets the formula, and a line says so.
+    of Dropout. So g = v W1 with v = w4 S3 W3 S2 W2 S1. backward() differentiates that product once, where the formula
+    needs the derivative of a derivative (docs/performance.md). Numbers are drawn in the formula's order. Any other
+    critic, also one with hooks or parametrizations, gets the formula, and a line says so.
     """
     modules, device = list(critic.modules()), real.device
     odd = next((type(module).__name__ for module in modules[1:] if type(module) not in LAYERS), None)
@@ -161,7 +163,7 @@ def gradient_penalty(formula, critic, real, fake, *labels):
         before = numbers.get_state()
         with torch.no_grad():
             epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=device)
-            with Walk(epsilon * real + (1 - epsilon) * fake, list(critic.parameters())) as walk:
+            with Walk(torch.lerp(fake, real, epsilon.to(real.dtype))) as walk:
                 scores = critic(walk.at, *labels)
         odd = walk.odd or (None if scores is walk.at and walk.layers else "another result")
         if odd:
@@ -169,34 +171,38 @@ def gradient_penalty(formula, critic, real, fake, *labels):
     if odd:
         say(f"kernels the formula computes gradient_penalty: the fused one does not take a critic with {odd}")
         return formula(critic, real, fake, *labels)
-    walk.layers[0][0] = walk.layers[0][0][:, :walk.columns]  # without the labels' part
-    g = torch.ones_like(scores)
-    for weight, slopes in reversed(walk.layers):
-        g = (g if slopes is None else g * slopes) @ weight
-    penalty, norms = Penalty.apply(g, KERNELS[device.type])
-    return penalty.to(g.dtype), norms.mean().to(g.dtype)
+    v = torch.ones_like(scores)
+    for weight, slopes in reversed(walk.layers[1:]):
+        v = (v * slopes) @ weight
+    weight, slopes = walk.layers[0]
+    penalty, norms = Penalty.apply(v * slopes, weight[:, :walk.columns], KERNELS[device.type])  # without the labels
+    return penalty.to(v.dtype), norms.mean().to(v.dtype)
 
 
 say = functools.cache(tqdm.write)  # each line once
 
 
 class Penalty(Function):
-    """Gradients [N, ...] -> mean((norm - 1)^2) [], norms over all but the batch [N]."""
+    """v [N, units], weight [units, inputs] -> mean((norm - 1)^2) [], the norms of the rows of g = v weight [N].
+
+    g is not formed: ||g||^2 = u v^T with u = v weight weight^T. multi_dot takes three matrices in the cheapest order,
+    for more samples than units weight weight^T first.
+    """
 
     @staticmethod
-    def forward(ctx, gradient, kernels):
-        penalty, norms = kernels.penalty(gradient)
-        ctx.save_for_backward(gradient, norms)
+    def forward(ctx, v, weight, kernels):
+        u = torch.linalg.multi_dot([v, weight, weight.T])
+        penalty, norms = kernels.penalty(u, v)
+        ctx.save_for_backward(u, v, weight, norms)
         ctx.kernels = kernels
         return penalty, norms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_penalty, d_norms):
-        return ctx.kernels.penalty_backward(*ctx.saved_tensors, d_penalty, d_norms.contiguous()), None
-
-
-LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.LeakyReLU, nn.Dropout, Dropout, nn.Embedding)
+        u, v, weight, norms = ctx.saved_tensors  # d norm / dv = u / norm, d norm / d weight = v^T (v weight) / norm
+        d_v, of_v = (ctx.kernels.penalty_backward(t, norms, d_penalty, d_norms.contiguous()) for t in (u, v))
+        return d_v, torch.linalg.multi_dot([of_v.T, v, weight]), None
 
 
 def adain(formula, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):

@@ -162,7 +162,7 @@ def test_auto_is_never_fatal_and_says_why(cause, reason, nothing_cached, tmp_pat
 
 def test_kernels_that_do_not_run(monkeypatch, capsys):
     """Compiled, but for another GPU, or under an old driver."""
-    def penalty(gradient):
+    def penalty(u, v):
         raise RuntimeError("no kernel image is available\nand more")
 
     monkeypatch.setattr(torch.ops, "gan_cpu", Namespace(penalty=penalty))

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -20,9 +21,25 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, tor
 adain = load_script("06_stylegan_blocks").adain
 
 
+class PenaltyOf(torch.autograd.Function):
+    """The kernels of the penalty for u = v = g, whose product is ||g||^2."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        penalty, norms = ops.KERNELS[gradient.device.type].penalty(gradient, gradient)
+        ctx.save_for_backward(gradient, norms)
+        return penalty, norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_penalty, d_norms):
+        gradient, norms = ctx.saved_tensors
+        return ops.KERNELS[gradient.device.type].penalty_backward(gradient, norms, d_penalty, d_norms.contiguous())
+
+
 def penalty_of(gradient):
-    """The kernel of the norms, with which gradient_penalty ends: gradients [N, ...] -> mean((norm - 1)^2), norms [N]."""
-    return [t.to(gradient.dtype) for t in ops.Penalty.apply(gradient.contiguous(), ops.KERNELS[gradient.device.type])]
+    """Gradients [N, ...] -> mean((norm - 1)^2), norms [N]."""
+    return [t.to(gradient.dtype) for t in PenaltyOf.apply(gradient.contiguous())]
 
 
 def formula_of_penalty(gradient):
@@ -101,6 +118,32 @@ def test_penalty(shape, dtype):
     exact = penalty_and_gradient(penalty_of.formula, gradient.double().cpu().requires_grad_())
     assert difference(found, exact) < TOLERANCE[dtype]
     assert all(value.dtype == dtype for value in found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("samples, units, inputs", [(1, 1, 5), (5, 1, 1), (300, 128, 784), (64, 128, 784), (40, 3, 100_003),
+                                                    (600, 2049, 7)])
+def test_penalty_of_a_product(samples, units, inputs, dtype):
+    """The rows of v W, which is not formed: with more samples than units, and with fewer."""
+    torch.manual_seed(0)
+    given = [(torch.randn(size) / (units * inputs)**0.25).to(dtype) for size in [(samples, units), (units, inputs)]]
+
+    def outcome(function, tensors):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        penalty, norms = function(*tensors)
+        factors = torch.arange(1, samples + 1).to(norms) / samples
+        return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (factors * norms).sum(), tensors)]
+
+    exact = outcome(lambda v, weight: formula_of_penalty(v @ weight), [tensor.double().cpu() for tensor in given])
+    found = outcome(lambda v, weight: ops.Penalty.apply(v, weight, ops.KERNELS[v.device.type]), given)
+    assert difference(found, exact) < 5 * TOLERANCE[dtype]
+
+
+def test_a_product_below_zero_is_a_norm_of_zero(kernels):
+    """By rounding u . v may be less than the 0 that it should be."""
+    u, v = torch.ones(3, 4), torch.tensor([[1.0], [-1e-9], [torch.nan]]).expand(3, 4).contiguous()
+    penalty, norms = kernels.penalty(u, v)
+    assert norms[:2].tolist() == [2, 0] and norms[2].isnan() and penalty.isnan()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
