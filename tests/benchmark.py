@@ -11,6 +11,7 @@ script's step would take at the rate of one of them alone: `FLOP / rate`, matrix
 import argparse
 import collections
 import contextlib
+import io
 import itertools
 import statistics
 import sys
@@ -154,7 +155,7 @@ def drive(script, flags, loop):
 
     common.Run.steps = driven
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done), contextlib.redirect_stdout(None):
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done), contextlib.redirect_stdout(io.StringIO()):
             load_script(script).main(["--dataset", "digits", "--eval-interval", "0", "--output-dir", folder, *flags])
     finally:
         common.Run.steps = steps
