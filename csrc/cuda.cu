@@ -116,10 +116,10 @@ template <int THREADS, class Body> __device__ void each_piece(const Penalty& p, 
       body(row, j, row * cut.vectors + j * cut.length, min(cut.length, cut.vectors - j * cut.length));
 }
 
-// Of warps at least three blocks per multiprocessor, up to 80 registers for a thread: without this the compiler takes
+// Of warps at least two blocks per multiprocessor, up to 128 registers for a thread: without this the compiler takes
 // fewer, and in float32 some loads wait for earlier ones.
 template <class T, int V, int THREADS>
-__global__ void __launch_bounds__(ROW_THREADS, THREADS == 32 ? 3 : 0) products(Penalty p, Cut cut) {
+__global__ void __launch_bounds__(ROW_THREADS, THREADS == 32 ? 2 : 0) products(Penalty p, Cut cut) {
   each_piece<THREADS>(p, cut, [&](int64_t row, int64_t j, int64_t begin, int64_t count) {
     const auto *all_u = static_cast<const Vector<T, V>*>(p.u) + begin;
     const auto *all_v = static_cast<const Vector<T, V>*>(p.v) + begin;
