@@ -114,19 +114,17 @@ class MappingNetwork(nn.Sequential):
 # The formula below is the reference. Where csrc/ can be compiled, one fused kernel computes it
 # instead (--kernels, docs/kernels.md); nothing else changes.
 @common.fused("adain")
-def adain(x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
-    """LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise); shaped as x.
+def adain(x, scale, bias, noise=None, strength=None, slope=1.0):
+    """LeakyReLU(scale (x' - mu) / sigma + bias), x' = x + strength noise; shaped as x.
 
     x: [N, C, H, W]; scale (with its "1 +"), bias: [N, C]; noise: [N or 1, 1, H, W], its strength
-    [1] or [C]. A slope of 1 means no LeakyReLU. 実装例7 has one after the normalisation, StyleGAN
-    before it (erratum 36).
+    [1] or [C]. A slope of 1 means no LeakyReLU. 実装例7 has it after the normalisation, StyleGAN
+    before (erratum 36).
     """
     if noise is not None:
         x = x + strength[:, None, None] * noise     # [N, C, H, W]: one map for all channels
-    if slope_before != 1:
-        x = F.leaky_relu(x, slope_before)
     x = scale[:, :, None, None] * F.instance_norm(x) + bias[:, :, None, None]   # [N, C, 1, 1]
-    return x if slope_after == 1 else F.leaky_relu(x, slope_after)
+    return x if slope == 1 else F.leaky_relu(x, slope)
 
 
 class AdaptiveInstanceNorm(nn.Module):
@@ -143,7 +141,7 @@ class AdaptiveInstanceNorm(nn.Module):
 
     def forward(self, x, w, noise=None, strength=None, slope=1.0):
         scale = 1 + self.style_scale(w)             # 1 +: StyleGAN's code, erratum 38
-        return adain(x, scale, self.style_bias(w), noise, strength, slope_after=slope)
+        return adain(x, scale, self.style_bias(w), noise, strength, slope)
 
 
 class StyleGANGeneratorBlock(nn.Module):

@@ -102,7 +102,7 @@ Tensor run_penalty_backward(const Tensor& u, const Tensor& norms, const Tensor& 
 }
 
 Adain adain_of(const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
-               const OptionalTensor& strength, double slope_before, double slope_after) {
+               const OptionalTensor& strength, double slope) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "x: expected a contiguous tensor [N, C, H, W]");
   Adain a{};
   a.channels = x.size(1);
@@ -125,16 +125,15 @@ Adain adain_of(const Tensor& x, const Tensor& scale, const Tensor& bias, const O
     a.strength_stride = strength->numel() == 1 ? 0 : 1;
     a.strength = real(*strength, x, a.strength_stride ? a.channels : 1, "strength");
   }
-  a.slope_before = slope_before;
-  a.slope_after = slope_after;
+  a.slope = slope;
   return a;
 }
 
 // x [N, C, H, W], scale, bias [N, C], noise [N or 1, 1, H, W], strength [1] or [C] -> y like x, mean, 1/sigma [N, C].
 std::tuple<Tensor, Tensor, Tensor> run_adain(
     const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
-    const OptionalTensor& strength, double slope_before, double slope_after, double eps) {
-  Adain a = adain_of(x, scale, bias, noise, strength, slope_before, slope_after);
+    const OptionalTensor& strength, double slope, double eps) {
+  Adain a = adain_of(x, scale, bias, noise, strength, slope);
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = new_real(x, {x.size(0), x.size(1)}), rstd = new_real(x, {x.size(0), x.size(1)});
   a.eps = eps;
@@ -148,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> run_adain(
 // -> d_x like x; d_scale, d_bias and, with noise, d_strength, each [N, C].
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_adain_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& bias, const OptionalTensor& noise,
-    const OptionalTensor& strength, const Tensor& mean, const Tensor& rstd, double slope_before, double slope_after) {
-  Adain a = adain_of(x, scale, bias, noise, strength, slope_before, slope_after);
+    const OptionalTensor& strength, const Tensor& mean, const Tensor& rstd, double slope) {
+  Adain a = adain_of(x, scale, bias, noise, strength, slope);
   Tensor dx = torch::stable::empty_like(x), d_scale = new_real(x, {x.size(0), x.size(1)});
   Tensor d_bias = new_real(x, {x.size(0), x.size(1)}), d_strength = new_real(x, {noise ? x.size(0) : 0, x.size(1)});
   a.dy = same(dy, x, "dy");
@@ -178,9 +177,9 @@ STABLE_TORCH_LIBRARY(NAMESPACE, m) {
   m.def("penalty(Tensor u, Tensor v) -> (Tensor, Tensor)");
   m.def("penalty_backward(Tensor u, Tensor norms, Tensor d_penalty, Tensor? d_norms) -> Tensor");
   m.def("adain(Tensor x, Tensor scale, Tensor bias, Tensor? noise, Tensor? strength, "
-        "float slope_before, float slope_after, float eps) -> (Tensor, Tensor, Tensor)");
+        "float slope, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("adain_backward(Tensor dy, Tensor x, Tensor scale, Tensor bias, Tensor? noise, Tensor? strength, "
-        "Tensor mean, Tensor rstd, float slope_before, float slope_after) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor mean, Tensor rstd, float slope) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, BACKEND, m) {

@@ -15,7 +15,8 @@ ROUNDS = 9  # interleaved, so that a busy neighbour slows all alike
 TOLERANCE = 1e-4  # of float32 results against float64; d_strength sums up what nearly cancels
 SHAPES = {"gradient_penalty": [(64,), (300,), (4096,)],  # batches of the script's own critic and images
           "adain": [(32, 64, 4, 4), (32, 64, 8, 8), (32, 32, 16, 16), (32, 16, 32, 32),  # 06's own
-                    (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64)]}
+                    (16, 512, 4, 4), (16, 256, 32, 32), (16, 128, 64, 64),
+                    (32, 64, 128, 128)]}  # 134 MB, more than most last caches hold
 GRAPH = 20  # calls in a CUDA graph: what it takes to launch one does not count
 PASSES = 5  # of adain over its tensor, forward and backward
 
@@ -35,7 +36,7 @@ def compare_kernels(args, formula, step, critic=None, real=None):
           f"medians of {ROUNDS} rounds, +- half the interquartile range\n"
           f"{'forward and backward':22}{'reference':>20}{'fused':>20}{'torch.compile':>20}  gain   "
           f"{'GB/s  of copy   ' * (kind == 'adain')}errors, by float64")
-    for shape in [*SHAPES[kind], *[beyond_the_cache((16, 64, 128, 128), device)] * (kind == "adain")]:
+    for shape in SHAPES[kind]:
         row = compare_shape(formula, shape, device, critic, real)
         table["rows"].append(row)
         rates = f"{row['bandwidth'] / 1e9:6.1f}{row['of_copy']:9.2f}" if kind == "adain" else ""
@@ -100,7 +101,7 @@ def inputs(shape, device, dtype, critic, real):
 def results(function, given):
     """The value and every gradient, of the penalty or of the sum of AdaIN's squares halved: dy = y."""
     if isinstance(given[0], torch.Tensor):
-        value = function(*given, slope_after=0.2)
+        value = function(*given, slope=0.2)
         return [value.detach(), *torch.autograd.grad(value, [t for t in given if t.requires_grad], value.detach())]
     torch.manual_seed(0)  # epsilon and Dropout's masks
     penalty, _ = function(*given)
@@ -149,16 +150,3 @@ def machine(device):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return next(iter(re.findall(r"model name\s*: (.*)", info)), "an unknown processor")
-
-
-def beyond_the_cache(shape, device):
-    """The shape with so many samples that a tensor is four times as large as the last cache."""
-    if device == "cuda":
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-    else:
-        sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        cache = max((int(size[:-1]) * 2**{"K": 10, "M": 20}[size[-1]] for size in sizes), default=2**25)
-    samples = shape[0]
-    while samples * torch.Size(shape[1:]).numel() < cache:
-        samples *= 2
-    return samples, *shape[1:]

@@ -203,25 +203,21 @@ template <class T> void backward(const Penalty& p, Where where) {
 
 // ---------------------------------------------------------------------------------------- AdaIN
 // One instance. It stays in the cache between the loops, which compute it anew from x rather than keep it.
-// BEFORE: there is a LeakyReLU before the normalisation.
-template <class R, bool NOISE, bool BEFORE> struct Instance {
+template <class R, bool NOISE> struct Instance {
   const R *x, *noise;
-  R strength, slope_before;
+  R strength;
 
   Instance(const Adain& a, int64_t stride, int64_t i)
       : x(static_cast<const R*>(a.x) + i * stride),
         noise(NOISE ? static_cast<const R*>(a.noise) + i / a.channels * a.noise_stride : nullptr),
-        strength(NOISE ? static_cast<const R*>(a.strength)[i % a.channels * a.strength_stride] : 0),
-        slope_before(R(a.slope_before)) {}
+        strength(NOISE ? static_cast<const R*>(a.strength)[i % a.channels * a.strength_stride] : 0) {}
 
-  R with_noise(int64_t k) const { return NOISE ? x[k] + strength * noise[k] : x[k]; }
-  R activated(R value) const { return BEFORE ? leaky_relu(value, slope_before) : value; }
-  R operator[](int64_t k) const { return activated(with_noise(k)); }
+  R operator[](int64_t k) const { return NOISE ? x[k] + strength * noise[k] : x[k]; }
 };
 
-template <class R, bool NOISE, bool BEFORE, class Count, class Large>
+template <class R, bool NOISE, class Count, class Large>
 inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {
-  const Instance<R, NOISE, BEFORE> u(a, stride, i);
+  const Instance<R, NOISE> u(a, stride, i);
   // The mean of all pixels or of a beginning: about it the sums below lose few digits.
   const int64_t beginning = pixels <= 64 ? pixels : std::max<int64_t>(64, pixels / 16);
   const R centre = R(sum<R>(beginning, [u](int64_t k, R& s, R&) { s += u[k]; }).first) / R(beginning);
@@ -233,7 +229,7 @@ inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Lar
   const R shift = beginning == pixels ? 0 : R(d.first) / R(pixels), variance = R(d.second) / R(pixels) - shift * shift;
   const R mean = centre + shift, rstd = 1 / std::sqrt((variance < 0 ? 0 : variance) + R(a.eps));    // NaN stays NaN
   const R factor = static_cast<const R*>(a.scale)[i] * rstd, bias = static_cast<const R*>(a.bias)[i];
-  const R slope = R(a.slope_after);
+  const R slope = R(a.slope);
   written(pixels, static_cast<R*>(a.y) + i * stride, large, [=](int64_t begin, auto count, R* y) {
     each(count, [=](int64_t k) { y[k] = leaky_relu((u[begin + k] - mean) * factor + bias, slope); });
   });
@@ -241,12 +237,12 @@ inline void forward(const Adain& a, int64_t stride, int64_t i, Count pixels, Lar
   static_cast<R*>(a.rstd)[i] = rstd;
 }
 
-template <class R, bool NOISE, bool BEFORE, class Count, class Large>
+template <class R, bool NOISE, class Count, class Large>
 inline void backward(const Adain& a, int64_t stride, int64_t i, Count pixels, Large large) {
-  const Instance<R, NOISE, BEFORE> u(a, stride, i);
+  const Instance<R, NOISE> u(a, stride, i);
   const R mean = static_cast<const R*>(a.mean)[i], rstd = static_cast<const R*>(a.rstd)[i];
   const R factor = static_cast<const R*>(a.scale)[i] * rstd, bias = static_cast<const R*>(a.bias)[i];
-  const R slope = R(a.slope_after);
+  const R slope = R(a.slope);
   const R* dy = static_cast<const R*>(a.dy) + i * stride;
 
   auto d_normal = [=](R deviation, int64_t k) {                             // of deviation * factor + bias
@@ -261,9 +257,8 @@ inline void backward(const Adain& a, int64_t stride, int64_t i, Count pixels, La
   double d_strength = 0;
   written(pixels, static_cast<R*>(a.dx) + i * stride, large, [&](int64_t begin, auto count, R* dx) {
     d_strength += sum<R>(count, [=](int64_t k, R& s, R&) {
-      const R value = u.with_noise(begin + k), deviation = u.activated(value) - mean;
-      const R d_value = factor * (d_normal(deviation, begin + k) - mean_d - deviation * slope_d);
-      dx[k] = BEFORE && !(value > 0) ? d_value * u.slope_before : d_value;
+      const R deviation = u[begin + k] - mean;
+      dx[k] = factor * (d_normal(deviation, begin + k) - mean_d - deviation * slope_d);
       if (NOISE) s += dx[k] * u.noise[begin + k];
     }).first;
   });
@@ -273,13 +268,13 @@ inline void backward(const Adain& a, int64_t stride, int64_t i, Count pixels, La
 }
 
 // The instances from `begin` to `end`, whose pixels lie `stride` apart.
-template <class R, bool NOISE, bool BEFORE>
+template <class R, bool NOISE>
 void instances(const Adain& a, int64_t stride, int64_t begin, int64_t end, bool backwards) {
   auto of = [&](auto pixels, auto large) {
     if (backwards)
-      for (int64_t i = begin; i < end; ++i) backward<R, NOISE, BEFORE>(a, stride, i, pixels, large);
+      for (int64_t i = begin; i < end; ++i) backward<R, NOISE>(a, stride, i, pixels, large);
     else
-      for (int64_t i = begin; i < end; ++i) forward<R, NOISE, BEFORE>(a, stride, i, pixels, large);
+      for (int64_t i = begin; i < end; ++i) forward<R, NOISE>(a, stride, i, pixels, large);
   };
   const void* result = backwards ? a.dx : a.y;
   const bool large = past_caches(result, a.instances * stride * sizeof(R), a.pixels * sizeof(R));
@@ -293,9 +288,7 @@ void instances(const Adain& a, int64_t stride, int64_t begin, int64_t end, bool 
 }
 
 template <class R> void instances(const Adain& a, int64_t stride, int64_t begin, int64_t end, bool backwards) {
-  auto kernel = a.slope_before == 1 ? a.noise ? instances<R, true, false> : instances<R, false, false>
-                                    : a.noise ? instances<R, true, true> : instances<R, false, true>;
-  kernel(a, stride, begin, end, backwards);
+  (a.noise ? instances<R, true> : instances<R, false>)(a, stride, begin, end, backwards);
 }
 
 // 16-bit instances are computed in float32, each from copies and into one.

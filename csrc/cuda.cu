@@ -219,23 +219,21 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
     }
   }
 
-  // The values of an instance before its normalisation: x + strength noise, then LeakyReLU. Where there is no noise, x
-  // itself stands for it, with strength 0: a branch between the loads would cost more than these do.
+  // The values of an instance before its normalisation: x + strength noise. Where there is no noise, x itself stands
+  // for it, with strength 0: a branch between the loads would cost more than these do.
   struct Instance {
     int64_t vectors;
     const Raw *x, *noise;
-    float strength, slope_before;
+    float strength;
 
     __device__ Instance(const Adain& a, int64_t i)
         : vectors(a.pixels / V),
           x(static_cast<const Raw*>(a.x) + i * vectors),
           noise(a.noise ? reinterpret_cast<const Raw*>(static_cast<const T*>(a.noise) + i / a.channels * a.noise_stride)
                         : x),
-          strength(a.noise ? static_cast<const float*>(a.strength)[i % a.channels * a.strength_stride] : 0),
-          slope_before(float(a.slope_before)) {}
+          strength(a.noise ? static_cast<const float*>(a.strength)[i % a.channels * a.strength_stride] : 0) {}
 
     __device__ float with_noise(T value, T z) const { return to_float(value) + strength * to_float(z); }
-    __device__ float activated(float value) const { return value > 0 ? value : value * slope_before; }
   };
 
   static __device__ void forward(const Adain& a, int64_t i) {
@@ -249,7 +247,7 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
       for (int j = 0; j < ITEMS; ++j) {
         if (j % AT_ONCE == 0) fetch<THREADS>(in.noise + begin, count, z, j);
 #pragma unroll
-        for (int e = 0; e < V; ++e) v[j][e] = in.activated(in.with_noise(x[j].at[e], z[j % AT_ONCE].at[e]));
+        for (int e = 0; e < V; ++e) v[j][e] = in.with_noise(x[j].at[e], z[j % AT_ONCE].at[e]);
       }
     };
     const int held = int(min(in.vectors, int64_t(TILE)));
@@ -274,7 +272,7 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
     const float variance = second - first * first, mean = centre + first;
     const float rstd = rsqrtf((variance < 0 ? 0 : variance) + float(a.eps));        // fmaxf would hide a NaN
     const float factor = static_cast<const float*>(a.scale)[i] * rstd, bias = static_cast<const float*>(a.bias)[i];
-    const float slope = float(a.slope_after);
+    const float slope = float(a.slope);
     Raw* y = static_cast<Raw*>(a.y) + i * in.vectors;
     each_vector(in.vectors, load, [&](int j, int64_t k) {
       Raw result;
@@ -295,7 +293,7 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
     const Instance in(a, i);
     const float mean = static_cast<const float*>(a.mean)[i], rstd = static_cast<const float*>(a.rstd)[i];
     const float factor = static_cast<const float*>(a.scale)[i] * rstd, bias = static_cast<const float*>(a.bias)[i];
-    const float slope = float(a.slope_after);
+    const float slope = float(a.slope);
     const Raw* dy = static_cast<const Raw*>(a.dy) + i * in.vectors;
     Raw* dx = static_cast<Raw*>(a.dx) + i * in.vectors;
 
@@ -313,7 +311,7 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
     each_vector(in.vectors, load, [&](int j, int64_t) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float deviation = in.activated(in.with_noise(x[j].at[e], z[j].at[e])) - mean;
+        const float deviation = in.with_noise(x[j].at[e], z[j].at[e]) - mean;
         const float d = d_normal(deviation, g[j].at[e]);
         first += d;
         second += d * deviation;
@@ -327,9 +325,8 @@ template <class T, int V, int SHARE, int ITEMS, bool WHOLE = true> struct Layout
       Raw result;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const float v = in.with_noise(x[j].at[e], z[j].at[e]), deviation = in.activated(v) - mean;
-        const float d = factor * (d_normal(deviation, g[j].at[e]) - mean_d - deviation * slope_d);
-        const float d_v = d * (v > 0 ? 1 : in.slope_before);
+        const float deviation = in.with_noise(x[j].at[e], z[j].at[e]) - mean;
+        const float d_v = factor * (d_normal(deviation, g[j].at[e]) - mean_d - deviation * slope_d);
         d_strength += d_v * to_float(z[j].at[e]);
         store(result.at[e], d_v);
       }

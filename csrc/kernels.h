@@ -25,7 +25,7 @@ inline int64_t pieces(int64_t rows, int64_t columns) {
 
 struct Adain {                          // instances = N * channels, pixels = H * W
   int64_t instances, channels, pixels;
-  double eps, slope_before, slope_after;
+  double eps, slope;
   const void *x, *noise;                // [instances, pixels]; null or [N, pixels] with a stride between samples
   int64_t noise_stride;
   const void *scale, *bias, *strength;  // real [instances] twice; real [1] or [channels], null without noise

@@ -205,8 +205,8 @@ class Penalty(Function):
         return d_v, torch.linalg.multi_dot([of_v.T, v, weight]), None
 
 
-def adain(formula, x, scale, bias, noise=None, strength=None, slope_before=1.0, slope_after=1.0):
-    """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = LeakyReLU(x + strength noise): [N, C, H, W].
+def adain(formula, x, scale, bias, noise=None, strength=None, slope=1.0):
+    """x [N, C, H, W] -> LeakyReLU(scale (x' - mu) / sigma + bias), x' = x + strength noise: [N, C, H, W].
 
     mu, sigma^2 - 1e-5: mean and variance of each channel of each sample of x'; scale, bias: [N, C]; noise:
     [N or 1, 1, H, W]; strength: [1] or [C]; a slope of 1 means no LeakyReLU. The noise gets no gradient. The result
@@ -219,21 +219,20 @@ def adain(formula, x, scale, bias, noise=None, strength=None, slope_before=1.0, 
         fits = (noise.shape in [(samples, 1, *x.shape[2:]) for samples in (1, len(x))]
                 and strength.shape in [(1,), x.shape[1:2]] and not noise.requires_grad)
     if not fits:
-        return formula(x, scale, bias, noise, strength, slope_before, slope_after)
+        return formula(x, scale, bias, noise, strength, slope)
     x, scale, bias, noise, strength = cast(dtype, x, scale, bias, noise, strength)
     if noise is not None and not noise[:1].is_contiguous():  # samples may lie apart, as 06 cuts them from [N, 2, H, W]
         noise = noise.contiguous()
     kernels = KERNELS[x.device.type]
-    return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope_before, slope_after, formula, kernels)
+    return AdaIN.apply(x.contiguous(), scale, bias, noise, strength, slope, formula, kernels)
 
 
 class AdaIN(Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, noise, strength, slope_before, slope_after, formula, kernels):
-        slopes = slope_before, slope_after
-        y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), *slopes, 1e-5)
+    def forward(ctx, x, scale, bias, noise, strength, slope, formula, kernels):
+        y, mean, rstd = kernels.adain(x, *as_computed(scale, bias), noise, *as_computed(strength), slope, 1e-5)
         ctx.save_for_backward(x, scale, bias, noise, strength, mean, rstd)
-        ctx.formula, ctx.kernels, ctx.slopes = formula, kernels, slopes
+        ctx.formula, ctx.kernels, ctx.slope = formula, kernels, slope
         return y
 
     @staticmethod
@@ -242,13 +241,13 @@ class AdaIN(Function):
         x, scale, bias, noise, strength = inputs
         dy = dy.contiguous()  # for the formula, too: F.instance_norm's derivative is wrong for one channels_last sample
         if torch.is_grad_enabled():
-            return *derivative(ctx.formula, inputs, dy, *ctx.slopes), None, None, None, None
+            return *derivative(ctx.formula, inputs, dy, ctx.slope), None, None, None
         dx, d_scale, d_bias, d_strength = ctx.kernels.adain_backward(
-            dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, *ctx.slopes)
+            dy, x, *as_computed(scale, bias), noise, *as_computed(strength), mean, rstd, ctx.slope)
         # In two steps: a sum of 32,768 numbers or more PyTorch cuts into as many as there are threads.
         d_strength = None if strength is None else d_strength.sum(0).sum_to_size(strength.shape)
         d_scale, d_bias, d_strength = cast(x.dtype, d_scale, d_bias, d_strength)
-        return dx, d_scale, d_bias, None, d_strength, None, None, None, None
+        return dx, d_scale, d_bias, None, d_strength, None, None, None
 
 
 def cast(dtype, *tensors):

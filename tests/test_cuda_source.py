@@ -122,13 +122,13 @@ def penalty_reference(u, v, d_penalty, d_norms):
     return dict(penalty=result.detach(), norms=norms.detach(), d_v=d_v)
 
 
-def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=0, shift=()):
+def adain(library, x, dy, scale, bias, noise, strength, slope, eps, gap=0, shift=()):
     """x, dy [N, C, pixels]; gap: elements between the noise of one sample and that of the next; shift: see penalty."""
     memory, dtype, (samples, channels, pixels) = Memory(), x.dtype, x.shape
     results = {name: memory.empty(*x.shape, dtype=dtype, shift=name in shift) for name in ("y", "dx")}
     results |= {name: memory.empty(samples, channels) for name in ("d_scale", "d_bias", "d_strength")}
-    fields = dict(results, instances=samples * channels, channels=channels, pixels=pixels, eps=eps, slope_before=before,
-                  slope_after=after, x=memory(x, "x" in shift), dy=memory(dy, "dy" in shift), scale=memory(scale),
+    fields = dict(results, instances=samples * channels, channels=channels, pixels=pixels, eps=eps, slope=slope,
+                  x=memory(x, "x" in shift), dy=memory(dy, "dy" in shift), scale=memory(scale),
                   bias=memory(bias), mean=memory.empty(samples, channels), rstd=memory.empty(samples, channels))
     if noise is None:
         fields["d_strength"] = None
@@ -143,15 +143,14 @@ def adain(library, x, dy, scale, bias, noise, strength, before, after, eps, gap=
     return results
 
 
-def adain_reference(x, dy, scale, bias, noise, strength, before, after, eps, **_):
+def adain_reference(x, dy, scale, bias, noise, strength, slope, eps, **_):
     x, scale, bias = (t.double().requires_grad_() for t in (x, scale, bias))
     inputs, z = dict(dx=x, d_scale=scale, d_bias=bias), x
     if noise is not None:  # one strength per instance, as the kernel's d_strength is not yet summed
         inputs["d_strength"] = strength.double().expand(len(x), x.size(1)).clone().requires_grad_()
         z = x + inputs["d_strength"][:, :, None] * noise.double()[:, None]
-    z = leaky_relu(z, before)
     variance, mean = torch.var_mean(z, dim=2, correction=0, keepdim=True)
-    y = leaky_relu((z - mean) / (variance + eps).sqrt() * scale[:, :, None] + bias[:, :, None], after)
+    y = leaky_relu((z - mean) / (variance + eps).sqrt() * scale[:, :, None] + bias[:, :, None], slope)
     return dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy.double())), y=y.detach())
 
 
@@ -173,7 +172,7 @@ def penalty_inputs(rows, columns, dtype=torch.float32):
     return u, v, torch.randn((), generator=random), torch.randn(rows, generator=random)
 
 
-def adain_inputs(pixels, dtype=torch.float32, noise="each", before=1.0, after=1.0, mean=0.0, gap=0, shift=(),
+def adain_inputs(pixels, dtype=torch.float32, noise="each", slope=1.0, mean=0.0, gap=0, shift=(),
                  channels=None):
     """noise: None, "shared" by the samples and of one strength, or for "each" sample, with a strength per channel."""
     random = torch.Generator().manual_seed(pixels)
@@ -190,7 +189,7 @@ def adain_inputs(pixels, dtype=torch.float32, noise="each", before=1.0, after=1.
     for name in ("x", "dy", "noise"):
         inputs[name] = None if inputs[name] is None else inputs[name].to(dtype)
     # eps: with two pixels and a small one dx nearly vanishes, and with it the norm that errors are compared with
-    return dict(inputs, before=before, after=after, eps=1 / pixels, gap=gap, shift=shift)
+    return dict(inputs, slope=slope, eps=1 / pixels, gap=gap, shift=shift)
 
 
 def check_penalty(library, *sizes, **options):
@@ -210,9 +209,8 @@ SIZES = [(1, 1), (3, 7), (2, 784), (5, 3072), (3, 3073), (1, 49152), (200, 8192)
 LIMITS = {16: 4, 32: 8, 64: 16, 128: 32, 256: 64, 1024: 256, 4096: 1024, 16384: 4096}  # pixels: float32 vectors
 PIXELS = [2, 4, 16, 49, 64, 100, 256, 300, 784, 1024, 4096, 6000, 16384, 20000]
 TENSORS = ["x", "dy", "noise", "y", "dx"]
-OPTIONS = [dict(noise="each", gap=8, before=1.0, after=0.2), dict(noise="each", gap=3, before=0.3, after=0.6),
-           dict(noise="shared", before=0.2, after=1.0), dict(noise=None, before=1.0, after=1.0),
-           dict(noise=None, before=0.2, after=0.2), dict(shift=TENSORS), dict(channels=1),
+OPTIONS = [dict(noise="each", gap=8, slope=0.2), dict(noise="each", gap=3, slope=0.6), dict(noise="shared"),
+           dict(noise=None), dict(noise=None, slope=0.2), dict(shift=TENSORS), dict(channels=1),
            *[dict(gap=8, shift=[name]) for name in TENSORS]]
 
 
@@ -233,7 +231,7 @@ def test_adain(library, pixels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adain_just_above_what_a_layout_holds(library, dtype):
     for limit, more in itertools.product(LIMITS, (1, 16 // dtype.itemsize)):
-        check_adain(library, limit + more, dtype, before=0.2, after=0.6)
+        check_adain(library, limit + more, dtype, slope=0.6)
 
 
 @pytest.mark.parametrize("pixels, channels, blocks, threads", [
@@ -264,12 +262,12 @@ def test_penalty_of_nothing(library):
 @pytest.mark.parametrize("pixels, mean", [*itertools.product([49, 64, 784, 4096, 16384, 20000], [30.0, 1e4])])
 def test_adain_far_from_zero(library, pixels, mean):
     """No digits are lost but those of the mean in float32: mean / 2^24 of y, more of d_scale where d_bias is larger."""
-    check_adain(library, pixels, noise=None, before=0.2, mean=mean, also=mean * 2**-22)
+    check_adain(library, pixels, noise=None, mean=mean, also=mean * 2**-22)
 
 
 @pytest.mark.parametrize("function, inputs", [
     *[(penalty, penalty_inputs(*size)) for size in [(5, 3072), (3, 3073), (40, 784), (1057, 24)]],
-    *[(adain, adain_inputs(pixels, before=0.2, after=0.3).values())
+    *[(adain, adain_inputs(pixels, slope=0.3).values())
       for pixels in (16, 49, 64, 300, 784, 4096, 6000, 16384, 20000)]])
 def test_same_bits_in_any_order_and_grid(library, function, inputs):
     expected = function(library, *inputs)
@@ -283,7 +281,7 @@ def check_briefly(library):
     """What every fault below fails: float32 only, as the faulty sources have no other."""
     for order in (0, 5, GREEDY):
         turns(library, order)
-        check_adain(library, 4096, before=0.2, after=0.3)
+        check_adain(library, 4096, slope=0.3)
     for pixels in (16, 49, 100, 257, 784, 12000):
         test_adain(library, pixels, torch.float32)
     test_adain_just_above_what_a_layout_holds(library, torch.float32)
@@ -318,7 +316,7 @@ FAULTS = {
     "no centre": ("centre = sum<THREADS>(s)", "centre = 0 * sum<THREADS>(s)"),
     "centre taken for the mean": ("second - first * first", "second"),
     "d_strength without noise": ("d_strength += d_v * to_float(z[j].at[e])", "d_strength += d_v"),
-    "slope_before not in the backward pass": ("(v > 0 ? 1 : in.slope_before)", "1"),
+    "slope not in the backward pass": ("bias > 0 ? 1 : slope); }", "bias > 0 ? 1 : 1); }"),
     "x for noise": ("a.strength_stride] : 0)", "a.strength_stride] : 1)"),
     "noise_stride ignored": ("i / a.channels * a.noise_stride", "i / a.channels * a.pixels"),
     "strength_stride ignored": ("[i % a.channels * a.strength_stride]", "[i % a.channels]"),
