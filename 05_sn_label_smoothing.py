@@ -169,8 +169,7 @@ def spectral_table(discriminator):
                 # The weight in use is the trained one divided by the estimate.
                 trained = layer.parametrizations.weight.original.cpu()
                 estimate = (trained.norm() / used.norm()).item()
-            finite = used.isfinite().all()
-            sigma = torch.linalg.matrix_norm(used, 2).item() if finite else math.nan
+            sigma = torch.linalg.matrix_norm(used, 2).item()
             table[name] = {"sigma": sigma, "estimate": estimate, "frobenius": used.norm().item()}
     discriminator.train()
     return table

@@ -65,15 +65,13 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-TROUBLES = {  # the words of an error: what to say instead; the first that fits
-    "CUDA.*out of memory|_ALLOC_FAILED": "the GPU has too little memory left, perhaps because another process holds "
-        "it (nvidia-smi shows that); try a smaller --batch-size",
+TROUBLES = {  # words of an error: what to say instead; the first that fits
+    "CUDA.*out of memory|_ALLOC_FAILED":
+        "the GPU has too little memory left (nvidia-smi shows which processes hold it); try a smaller --batch-size",
     "MemoryError|[Oo]ut of memory|OutOfMemory|bad_alloc|[Cc]an(no|')t allocate memory|not enough memory":
         "there is too little memory; try a smaller --batch-size",
-    "no kernel image is available": "torch {torch} was not built for this GPU, {gpu}; install another build of it, or "
-        "use --device cpu",
-    "torchvision::": "torch and torchvision are of different builds; install both with one pip install -r "
-        "requirements.txt, in a fresh environment"}
+    "no kernel image is available": f"this build of torch, {torch.__version__}, is not for this GPU; use --device cpu",
+    "torchvision::": "torch and torchvision are of different builds; reinstall both by requirements.txt"}
 
 
 def guarded(main):
@@ -99,9 +97,7 @@ def guarded(main):
         known = [line for words, line in TROUBLES.items() if re.search(words, f"{type(error).__name__}: {error}")]
         if not known and not isinstance(error, OSError):
             raise
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        line = known[0].format(torch=torch.__version__, gpu=gpu) if known else error
-        fail(line, code=1 if Run.current else 2)
+        fail(known[0] if known else error, code=1 if Run.current else 2)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -5,7 +5,6 @@ import operator
 import re
 import shlex
 import unicodedata
-from argparse import Namespace
 
 import pytest
 
@@ -167,32 +166,6 @@ def test_tables_of_the_results_are_those_of_the_rows():
     assert results.with_tables(text) == text and text.count("<!-- end -->") == len(results.TABLES) + 2
     known = {*itertools.chain(*results.TABLES.values()), *((name, None) for name in results.MEASURES)}
     assert known >= results.rows().keys() and len(results.rows()) == len(read("docs/results.jsonl").splitlines())
-
-
-def test_results_run_once(tmp_path, monkeypatch):
-    """A run gives a row, once; also if it is complete and has only lost its row, but not if it is not complete."""
-    results = load_script("docs/results")
-    command, before = "01_vanilla_gan.py --dataset gaussians --epochs 2 --max-batches 2", results.rows()
-    monkeypatch.setattr(results, "ROWS", tmp_path / "rows.jsonl")
-    monkeypatch.setattr(results, "TABLES", {"some": [(command, 1)]})
-    for _ in range(2):
-        assert results.run_all(["some"], tmp_path, tmp_path, jobs=2)
-        assert len(results.ROWS.read_text().splitlines()) == 1
-    row = results.rows()[command, 1]
-    assert row["last"]["step"] == 4 and row["seconds"] > 0 and row["perfect sampler"]["modes"] == 8
-    assert sum(row["checkpoint"]["counts"]) == round(2500 * row["checkpoint"]["high_quality"])
-    old = next(old for old in before.values() if "perfect sampler" in old)
-    assert row.keys() == old.keys() and row["checkpoint"].keys() == old["checkpoint"].keys()
-
-    seen = []  # from here on every process is refused, as one that is complete
-    monkeypatch.setattr(results.subprocess, "run", lambda command, **_: seen.append(command) or Namespace(returncode=2))
-    assert results.run(command, 1, tmp_path, tmp_path, row["threads"]) == row, "complete"
-    log = next(tmp_path.glob("*/*/log.jsonl"))
-    log.write_text(log.read_text().splitlines()[0] + "\n")
-    assert results.run(command, 1, tmp_path, tmp_path, row["threads"]) is None
-    assert "--resume" in seen[0]
-    results.run("01_vanilla_gan.py --epochs 1", 0, tmp_path, tmp_path, 1)
-    assert seen[2][2:6] == ["--epochs", "1", "--dataset", "mnist"], "no other digits under its name"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -77,26 +77,6 @@ def test_compiled_once_and_again_when_damaged_or_changed(tmp_path, library):
     assert len(kept(cache)) == 2
 
 
-@pytest.mark.parametrize("alter, cpu_too, cuda_too", [  # is the library of the CPU compiled anew, and CUDA's?
-    (lambda folder, patch: patch.setattr(torch, "__version__", "2.99"), True, True),
-    (lambda folder, patch: patch.setenv("CXX", "another"), True, True),
-    (lambda folder, patch: patch.setattr(build, "flags", lambda device: ["-O1"]), True, True),
-    (lambda folder, patch: patch.setenv("TORCH_CUDA_ARCH_LIST", "8.0"), False, True),
-    (lambda folder, patch: (folder / "kernels.h").write_text("changed"), True, True),
-    (lambda folder, patch: (folder / "cpu.cpp").write_text("changed"), True, True),
-    (lambda folder, patch: (folder / "cuda.cu").write_text("changed"), True, True),
-    (lambda folder, patch: (folder / "ops.py").write_text("changed"), False, False),
-], ids=["torch", "compiler", "flags", "GPU", "header", "C++ source", "CUDA source", "Python source"])
-def test_what_a_library_is_kept_for(alter, cpu_too, cuda_too, tmp_path, monkeypatch):
-    for name in ("kernels.h", "cpu.cpp", "cuda.cu", "ops.py"):
-        (tmp_path / name).write_text("int")
-    monkeypatch.setattr(build, "HERE", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu, cuda = build.fingerprint("cpu"), build.fingerprint("cuda")
-    alter(tmp_path, monkeypatch)
-    assert [build.fingerprint("cpu") != cpu, build.fingerprint("cuda") != cuda] == [cpu_too, cuda_too]
-
-
 def test_a_killed_build_hinders_nobody(tmp_path, library):
     """It is killed while it links."""
     hold, cache = tmp_path / "hold", tmp_path / "cache"

@@ -73,7 +73,7 @@ def test_main_can_be_called_and_its_generator_loaded(tmp_path):
 # ---------------------------------------------------------------------------- memory, GPUs, builds
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("CUDA error: out of memory"), "GPU has too little memory"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "another process"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "nvidia-smi"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU has too little memory"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "GPU has too little memory"),
     (RuntimeError("std::bad_alloc"), "too little memory"),

@@ -1,6 +1,6 @@
 """How fast is a training step, beside a plain PyTorch loop of the same networks in the text's manner? Run by hand.
 
-    python tests/benchmark.py [03 04 ...] [--rounds N] [--device cuda] [flags of the scripts, as --batch-size]
+    python docs/benchmark.py [03 04 ...] [--rounds N] [--device cuda] [flags of the scripts, as --batch-size]
 
 The plain loop reads each image with PIL and torchvision's transforms through a DataLoader, as the text does, forms the
 penalty by autograd, and uses Adam as it comes. It and the script's own loop, data and log included, take turns in one
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]
 import common
 from conftest import SCRIPTS, load_script
 from csrc import ops
