@@ -154,7 +154,8 @@ def gradient_penalty(formula, critic, real, fake, *labels):
     """
     modules, device = list(critic.modules()), real.device
     odd = next((type(module).__name__ for module in modules[1:] if type(module) not in LAYERS), None)
-    if any(hooks for module in modules for name, hooks in vars(module).items() if name.endswith("_hooks")):
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+           for part in modules):
         odd = "hooks"
     if torch.is_autocast_enabled(device.type) or not taken(real, fake, *critic.parameters()):
         odd = "another dtype or device"
@@ -165,7 +166,8 @@ def gradient_penalty(formula, critic, real, fake, *labels):
             epsilon = torch.rand((len(real),) + (1,) * (real.dim() - 1), device=device)
             with Walk(torch.lerp(fake, real, epsilon.to(real.dtype))) as walk:
                 scores = critic(walk.at, *labels)
-        odd = walk.odd or (None if scores is walk.at and walk.layers else "another result")
+        usual = scores is walk.at and walk.layers and scores.shape[:-1] == real.shape[:1]
+        odd = walk.odd or (None if usual else "another result")
         if odd:
             numbers.set_state(before)
     if odd:

@@ -201,8 +201,8 @@ class Edited(nn.Module):
     Edited(lambda model, x: model(2 * x.flatten(1))),
     Edited(lambda model, x: model(x.flatten(1)) + x.flatten(1).sum(1, True)),
     Edited(lambda model, x: model(x.flatten(1)) * x.mean()),
-    Edited(lambda model, x: model[2](model[1](model[0](x.flatten(1)) + 1))),
-], ids=["convolution", "batchnorm", "parametrization", "scaled", "shortcut", "product", "shifted"])
+    Edited(lambda model, x: model[2](model[1](model[0](x.flatten(1)) + 1))), Edited(lambda model, x: model(x.flatten(2))),
+], ids=["convolution", "batchnorm", "parametrization", "scaled", "shortcut", "product", "shifted", "three dimensions"])
 def test_other_critics_get_the_formula(kernels, capsys, critic):
     ops.say.cache_clear()
     real, fake = torch.randn(2, 6, 1, 2, 2)
