@@ -36,7 +36,7 @@ def choose(wanted, device):
         if wanted != "reference":
             build.load(device)
             kernels = getattr(torch.ops, f"gan_{device}")
-            kernels.penalty(*torch.ones(2, 1, 1, device=device))  # they may not run: under an old driver, on another GPU
+            kernels.penalty(*torch.ones(2, 1, 1, device=device))  # they may not run: an old driver, another GPU
             KERNELS[device], outcome = kernels, f"fused, for {device}: {', '.join(dict.fromkeys(NAMES)) or 'nothing'}"
     except (build.Unavailable, RuntimeError) as error:
         reason = str(error).splitlines()[0]
