@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -21,33 +20,14 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, tor
 adain = load_script("06_stylegan_blocks").adain
 
 
-class PenaltyOf(torch.autograd.Function):
-    """The kernels of the penalty for u = v = g, whose product is ||g||^2."""
-
-    @staticmethod
-    def forward(ctx, gradient):
-        penalty, norms = ops.KERNELS[gradient.device.type].penalty(gradient, gradient)
-        ctx.save_for_backward(gradient, norms)
-        return penalty, norms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_penalty, d_norms):
-        gradient, norms = ctx.saved_tensors
-        return ops.KERNELS[gradient.device.type].penalty_backward(gradient, norms, d_penalty, d_norms.contiguous())
+def penalty_of(v, weight):
+    """The operation with which gradient_penalty ends: of the rows of v weight, mean((norm - 1)^2) and the norms."""
+    return [t.to(v.dtype) for t in ops.Penalty.apply(v, weight, ops.KERNELS[v.device.type])]
 
 
-def penalty_of(gradient):
-    """Gradients [N, ...] -> mean((norm - 1)^2), norms [N]."""
-    return [t.to(gradient.dtype) for t in PenaltyOf.apply(gradient.contiguous())]
-
-
-def formula_of_penalty(gradient):
-    norms = gradient.flatten(1).norm(2, dim=1)
+def formula_of_penalty(v, weight):
+    norms = (v @ weight).norm(2, dim=1)
     return (norms - 1).square().mean(), norms
-
-
-penalty_of.formula = formula_of_penalty
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -83,11 +63,12 @@ def difference(found, exact):
     return torch.stack([(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs]).max()  # NaN stays
 
 
-def penalty_and_gradient(function, gradient, **options):
+def penalty_and_gradients(function, v, weight, **options):
     """By both results, so that norms are differentiated, too."""
-    penalty, norms = function(gradient)
-    weights = torch.arange(1, len(norms) + 1).to(norms)
-    return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (weights * norms).sum(), gradient, **options)]
+    inputs = v.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    penalty, norms = function(*inputs)
+    factors = torch.arange(1, len(norms) + 1).to(norms) / max(1, len(norms))
+    return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (factors * norms).sum(), inputs, **options)]
 
 
 def adain_inputs(size, dtype=torch.float32, noise="own", strength=1, layout=torch.Tensor.contiguous):
@@ -109,34 +90,16 @@ def adain_and_gradients(function, tensors, slope):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (300, 784), (7, 3, 5, 5), (2, 100_003), (1500, 9), (1057, 784),
-                                   (3, 2**17), (1060, 8300)])
-def test_penalty(shape, dtype):
-    columns = torch.Size(shape[1:]).numel()
-    gradient = (1.5 * torch.randn(shape) / columns**0.5).to(dtype)
-    found = penalty_and_gradient(penalty_of, gradient.clone().requires_grad_())
-    exact = penalty_and_gradient(penalty_of.formula, gradient.double().cpu().requires_grad_())
-    assert difference(found, exact) < TOLERANCE[dtype]
-    assert all(value.dtype == dtype for value in found)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("samples, units, inputs", [(1, 1, 5), (5, 1, 1), (300, 128, 784), (64, 128, 784), (40, 3, 100_003),
-                                                    (600, 2049, 7)])
-def test_penalty_of_a_product(samples, units, inputs, dtype):
-    """The rows of v W, which is not formed: with more samples than units, and with fewer."""
+@pytest.mark.parametrize("samples, units, inputs", [
+    (1, 1, 5), (5, 1, 1), (300, 128, 784), (64, 128, 784), (40, 3, 100_003), (600, 2049, 7), (2, 100_003, 3), (1500, 9, 4),
+    (1057, 784, 2), (3, 2**17, 2), (1060, 8300, 3)])
+def test_penalty(samples, units, inputs, dtype):
+    """With more samples than units and with fewer; rows of one piece and of several."""
     torch.manual_seed(0)
-    given = [(torch.randn(size) / (units * inputs)**0.25).to(dtype) for size in [(samples, units), (units, inputs)]]
-
-    def outcome(function, tensors):
-        tensors = [tensor.requires_grad_() for tensor in tensors]
-        penalty, norms = function(*tensors)
-        factors = torch.arange(1, samples + 1).to(norms) / samples
-        return [penalty, norms, *torch.autograd.grad(1.75 * penalty + (factors * norms).sum(), tensors)]
-
-    exact = outcome(lambda v, weight: formula_of_penalty(v @ weight), [tensor.double().cpu() for tensor in given])
-    found = outcome(lambda v, weight: ops.Penalty.apply(v, weight, ops.KERNELS[v.device.type]), given)
-    assert difference(found, exact) < 5 * TOLERANCE[dtype]
+    given = [(1.4 * torch.randn(size) / (units * inputs)**0.25).to(dtype) for size in [(samples, units), (units, inputs)]]
+    found = penalty_and_gradients(penalty_of, *given)
+    exact = penalty_and_gradients(formula_of_penalty, *[tensor.double().cpu() for tensor in given])
+    assert difference(found, exact) < 5 * TOLERANCE[dtype] and all(value.dtype == dtype for value in found)
 
 
 def test_a_product_below_zero_is_a_norm_of_zero(kernels):
@@ -170,8 +133,6 @@ def test_any_layout(layout):
     assert not tensors[0].is_contiguous() or tensors[0].storage_offset()
     exact = adain_and_gradients(adain.formula, [tensor.double() for tensor in tensors], 0.2)
     assert difference(adain_and_gradients(adain, tensors, 0.2), exact) < 1e-5
-    assert difference(penalty_and_gradient(penalty_of, tensors[0].requires_grad_()),
-                      penalty_and_gradient(penalty_of.formula, tensors[0].detach().double().requires_grad_())) < 3e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -220,15 +181,16 @@ def test_large_means_lose_no_digits(mean, deviation):
     torch.testing.assert_close(adain(x, scale, bias).double(), exact, rtol=0, atol=2e-3)
 
 
-def test_penalty_of_zero_nothing_and_nan():
-    penalty, norms, d_gradient = penalty_and_gradient(penalty_of, torch.zeros(3, 4, requires_grad=True))
-    assert penalty == 1 and not norms.any() and not d_gradient.any()
+def test_penalty_of_zero_nothing_and_nan(kernels):
+    penalty, norms, d_v, d_weight = penalty_and_gradients(penalty_of, torch.zeros(3, 4), torch.eye(4))
+    assert penalty == 1 and not norms.any() and not d_v.any() and not d_weight.any()
     for nothing in torch.zeros(0, 4), torch.zeros(0, 0), torch.zeros(3, 0):
-        torch.testing.assert_close(penalty_of(nothing), penalty_of.formula(nothing), equal_nan=True)
+        exact = formula_of_penalty(nothing, torch.zeros(nothing.size(1), 1))
+        torch.testing.assert_close(kernels.penalty(nothing, nothing), exact, equal_nan=True)
     broken = torch.ones(3, 4)
     broken[1, 2] = torch.nan
-    penalty, norms, d_gradient = penalty_and_gradient(penalty_of, broken.requires_grad_())
-    assert penalty.isnan() and norms.isnan().tolist() == [False, True, False] and d_gradient[1].isnan().all()
+    penalty, norms, d_v, _ = penalty_and_gradients(penalty_of, broken, torch.eye(4))
+    assert penalty.isnan() and norms.isnan().tolist() == [False, True, False] and d_v[1].isnan().all()
 
 
 def test_adain_of_nothing_nan_and_one_row():
@@ -244,13 +206,15 @@ def test_adain_of_nothing_nan_and_one_row():
                                adain.formula(x, scale, bias, strided, torch.ones(1)))
 
 
-def test_same_bits_on_every_run_and_any_number_of_threads():
+def test_same_bits_on_every_run_and_any_number_of_threads(kernels):
     torch.manual_seed(0)
-    gradient, tensors = torch.randn(3, 300_000, requires_grad=True), adain_inputs((40, 40))
+    gradient, tensors = torch.randn(3, 300_000), adain_inputs((40, 40))
     many = [torch.randn(size) for size in [(256, 512, 2, 2), (256, 512), (256, 512), (256, 1, 2, 2), (1,)]]
 
     def everything():
-        return [*penalty_and_gradient(penalty_of, gradient), *adain_and_gradients(adain, tensors, 0.2),
+        penalty, norms = kernels.penalty(gradient, gradient)
+        d_gradient = kernels.penalty_backward(gradient, norms, penalty, norms)
+        return [penalty, norms, d_gradient, *adain_and_gradients(adain, tensors, 0.2),
                 *adain_and_gradients(adain, many, 0.2)]
 
     threads = torch.get_num_threads()
@@ -267,17 +231,18 @@ def test_same_bits_on_every_run_and_any_number_of_threads():
 def test_expanded_gradients(create_graph):
     """That of a sum is one number, expanded; under create_graph another piece of code computes it."""
     x, *styles = adain_inputs((6, 10))
-    x.requires_grad_()
-    for function, use in [(penalty_of, lambda f: f(x)[1].sum()), (adain, lambda f: f(x, *styles, 0.2).sum())]:
-        found, exact = [torch.autograd.grad(use(f), x, create_graph=create_graph) for f in (function, function.formula)]
+    v, weight = x.flatten(1).requires_grad_(), torch.randn(300, 7)
+    for sums in [[f(v, weight)[1].sum() for f in (penalty_of, formula_of_penalty)],
+                 [f(v.view_as(x), *styles, 0.2).sum() for f in (adain, adain.formula)]]:
+        found, exact = [torch.autograd.grad(value, v, create_graph=create_graph) for value in sums]
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_first_and_second_derivatives(device):
     if device == "cuda":
         pytest.skip("float64 is for the CPU")
-    gradient = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: tuple(penalty_of(g)), gradient)
+    v, weight = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in [(4, 3), (3, 5)])
+    assert torch.autograd.gradcheck(lambda *given: tuple(penalty_of(*given)), (v, weight))
     tensors = adain_inputs((3, 4), torch.float64, strength=5)
     inputs = [tensor.requires_grad_() for i, tensor in enumerate(tensors) if i != 3]
 
@@ -303,7 +268,7 @@ def test_a_penalty_through_fused_adain_is_no_silent_zero(compiled, device, monke
         scale = hidden.mean((2, 3)) * weights[1]  # itself computed from the op's first argument
         score = adain(hidden, scale, scale * 0.5, slope=0.2).square().sum()
         slope, = torch.autograd.grad(score, x, create_graph=True)
-        return torch.autograd.grad(penalty_of(slope)[0], weights)
+        return torch.autograd.grad(penalty_of(slope.flatten(1), torch.eye(72))[0], weights)
 
     if compiled:
         monkeypatch.setitem(ops.KERNELS, device, "none that could be called")
@@ -311,8 +276,8 @@ def test_a_penalty_through_fused_adain_is_no_silent_zero(compiled, device, monke
     else:
         with Calls() as calls:
             found = gradients(adain, penalty_of)
-        assert calls.count == {"adain": 1, "penalty": 1, "penalty_backward": 1, "adain_backward": 1}
-    torch.testing.assert_close(found, gradients(adain.formula, penalty_of.formula), rtol=1e-4, atol=1e-5)
+        assert calls.count == {"adain": 1, "penalty": 1, "penalty_backward": 2, "adain_backward": 1}
+    torch.testing.assert_close(found, gradients(adain.formula, formula_of_penalty), rtol=1e-4, atol=1e-5)
     assert all(gradient.norm() > 1 for gradient in found)
 
 
