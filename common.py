@@ -13,7 +13,6 @@ and section 5.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import functools
@@ -221,6 +220,8 @@ class Parser(argparse.ArgumentParser):
         options = load_checkpoint(path)["options"]
         if options["script"] != self.script:
             fail(f"{flag}: {path} was trained by {options['script']}, not by {self.script}")
+        if name == "resume" and "samples" not in options:
+            fail(f"--resume: {path} is of an earlier version, which can finish it; here --from can draw from it")
         return {**self.defaults, **options, **given, name: str(path)}
 
     def _flags(self, names):
@@ -774,7 +775,7 @@ def read_folder(folder, image_size, channels):
     Image.init()
     kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = 2**28, 2**26  # scans; prompts in the metadata
-    paths, seen, left_out, kept = [], set(), collections.defaultdict(list), 0
+    paths, seen, left_out, kept = [], set(), {}, 0
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (place := os.path.realpath(parent)) in seen:
             folders.clear()
@@ -795,7 +796,8 @@ def read_folder(folder, image_size, channels):
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001  whatever Pillow raises on a damaged file
-                left_out[str(error).replace(repr(str(path)), "it")[:80]].append(os.path.relpath(path, folder))
+                reason = str(error).replace(repr(str(path)), "it")[:80]
+                left_out.setdefault(reason, []).append(os.path.relpath(path, folder))
     print(f"data    {kept} of {len(paths)} pictures in {folder} are taken")
     for reason, names in left_out.items():
         print(f"data    {len(names)} left out, {reason}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")

@@ -217,6 +217,8 @@ def test_what_resume_refuses(finished, tmp_path, ended):
     assert "no run of 03_wgan_gp" in ended("03_wgan_gp", "--resume", "--output-dir", tmp_path)
     assert "is not there" in ended("03_wgan_gp", "--resume", tmp_path / "no")
     assert "was trained by 03_wgan_gp" in ended("01_vanilla_gan", "--resume", finished)
+    torch.save({"options": {"script": "03_wgan_gp"}}, tmp_path / "old.pt")
+    assert "an earlier version" in ended("03_wgan_gp", "--resume", tmp_path / "old.pt")
     assert {path: path.read_bytes() for path in finished.rglob("*.*")} == before
 
 
