@@ -1099,9 +1099,9 @@ def save_curves(history, plots, path):
             values += [abs(value) for _, value in points]
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
-        if max(values) > 20 * np.median(values) > 0:  # on a linear axis the first epochs would dwarf all others
-            axes.set_yscale("symlog", linthresh=np.median(values))
-            axes.yaxis.set_major_formatter("{x:g}")
+        if max(values) > 20 * (middle := np.median(values)) > 0:  # linear, the first epochs would dwarf all others
+            axes.set_yscale("symlog", linthresh=middle)  # the ticks around 0 would overlap
+            axes.yaxis.set_major_formatter(lambda y, _, low=middle: f"{y:g}" if abs(y) >= low or y == 0 else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     write(path, functools.partial(figure.savefig, format="png"))
