@@ -69,7 +69,8 @@ TROUBLES = {  # words of an error: what to say instead; the first that fits
         "the GPU has too little memory left (nvidia-smi shows which processes hold it); try a smaller --batch-size",
     "MemoryError|[Oo]ut of memory|OutOfMemory|bad_alloc|[Cc]an(no|')t allocate memory|not enough memory":
         "there is too little memory; try a smaller --batch-size",
-    "no kernel image is available": f"this build of torch, {torch.__version__}, is not for this GPU; use --device cpu",
+    "no kernel image is available":
+        f"torch {torch.__version__} was not built for this GPU; install another build of it, or use --device cpu",
     "torchvision::": "torch and torchvision are of different builds; reinstall both by requirements.txt"}
 
 
@@ -1100,7 +1101,8 @@ def save_curves(history, plots, path):
         for label, value in guides.items():
             axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=label)
         if max(values) > 20 * (middle := np.median(values)) > 0:  # linear, the first epochs would dwarf all others
-            axes.set_yscale("symlog", linthresh=middle)  # the ticks around 0 would overlap
+            axes.set_yscale("symlog", linthresh=middle)
+            # No labels in the linear part but 0: they would overlap.
             axes.yaxis.set_major_formatter(lambda y, _, low=middle: f"{y:g}" if abs(y) >= low or y == 0 else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
